@@ -1,0 +1,217 @@
+"""The parameters of the series: declared in the notebooks, checked here before anything runs.
+
+A parameter stands in exactly one notebook, in the cell tagged `parameters`; only `SHARED` stand in
+several. So one flat profile serves all six: a notebook leaves alone what another owns and refuses
+what none owns. Nothing here imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = (
+    "01_data",
+    "02_teacher_phase_1",
+    "03_teacher_phase_2",
+    "04_teacher_phase_3",
+    "05_distillation",
+    "06_evaluation",
+)
+SHARED = ("RUN_DIR", "MAX_HOURS", "JIT_COMPILE", "DEVICES")
+PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
+BACKBONES = (
+    *(f"EfficientNetV2{size}" for size in ("B0", "B1", "B2", "B3", "S", "M", "L")),
+    "MobileNetV3Small",
+    "MobileNetV3Large",
+)
+
+
+class ParameterError(ValueError):
+    """A profile or a parameter that the series cannot run with; the message is for its user."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One name of a `parameters` cell: its default, and the types its annotation allows."""
+
+    default: object
+    types: tuple[str, ...]
+
+    def accepts(self, value: object) -> bool:
+        """Whether `value` has one of the declared types; an int serves as a float."""
+        name = type(value).__name__ if value is not None else "None"
+        return name in self.types or (name == "int" and "float" in self.types)
+
+
+def one_of(*choices):
+    return (lambda value: value in choices), "one of " + ", ".join(repr(c) for c in choices)
+
+
+def within(low, high, *, above=False, below=False):
+    def holds(value):
+        return (value > low if above else value >= low) and (
+            value < high if below else value <= high
+        )
+
+    return (
+        holds,
+        f"{'above' if above else 'at least'} {low}, {'below' if below else 'at most'} {high}",
+    )
+
+
+# The first pattern that matches a whole name decides what its value must be.
+RULES = {
+    r"(TEACHER|STUDENT)_IMAGE_SIZE": (
+        lambda value: value % 32 == 0 and 32 <= value <= 1024,
+        "a multiple of 32 from 32 to 1024 (the backbones halve it five times)",
+    ),
+    r"STORED_SIZE": within(32, 2048),
+    r"PHANTOM_PATIENTS": within(20, 100_000),
+    r"(PHASE_\d|STUDENT)_EPOCHS": within(1, 10_000),
+    r".*_EPOCHS": within(0, 10_000),
+    r".*LEARNING_RATE": within(0, 1, above=True),
+    r".*BATCH_SIZE": within(1, 4096),
+    r"ACCUMULATION": within(1, 1024),
+    r"DEVICES": within(0, 64),
+    r"MAX_HOURS": within(0, 10_000, above=True),
+    r"JIT_COMPILE": one_of("auto", True, False),
+    r".*_PRECISION": one_of(*PRECISIONS),
+    r".*_BACKBONE": one_of(*BACKBONES),
+    r"BALANCE": one_of("none", "class_weight", "resample"),
+    r"DECISION": one_of("argmax", "qwk"),
+    r"(VAL|TEST)_FRACTION": within(0, 0.5, above=True),
+    r"(DROPOUT|LABEL_SMOOTHING|SHIFT|ZOOM|BRIGHTNESS|CONTRAST|CUTOUT)": within(0, 1, below=True),
+    r"ROTATION": within(0, 180),
+    r".*LABEL_SOFTENING": within(0, 5),
+    r"FOCAL_GAMMA": within(0, 10),
+    r"RESTARTS": within(0, 100),
+    r"UNFREEZE": within(0, 1, above=True),
+    r"TEMPERATURE": within(0, 100, above=True),
+    r"(HARD_WEIGHT|TARGET_ACCURACY)": within(0, 1),
+    r"(TEST_)?VIEWS": within(1, 10_000),
+    r"BOOTSTRAP": within(100, 1_000_000),
+    r"SEED": within(0, 2**31 - 1),
+}
+
+
+def parameter_cell(notebook: Path) -> str:
+    """The source of the one cell tagged `parameters`.
+
+    Raises:
+        ParameterError: when the file is no notebook or has not exactly one such cell.
+    """
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ParameterError(f"{notebook} cannot be read as a notebook: {error}") from error
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ParameterError(f"{notebook} has {len(tagged)} cells tagged 'parameters', not one.")
+    return "".join(tagged[0]["source"])
+
+
+def declared(root: Path | None = None) -> dict[str, dict[str, Parameter]]:
+    """What each notebook below `root`/notebooks declares: `{notebook: {NAME: Parameter}}`.
+
+    Notebooks of the series that are missing there are left out (on Kaggle one may stand alone).
+    """
+    found = {}
+    for notebook in NOTEBOOKS:
+        path = Path(root or ROOT) / "notebooks" / f"{notebook}.ipynb"
+        if path.exists():
+            found[notebook] = read_cell(parameter_cell(path))
+    return found
+
+
+def read_cell(source: str) -> dict[str, Parameter]:
+    """Parse `NAME: annotation = literal` lines without running them."""
+    parameters = {}
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name) or node.value is None:
+            continue
+        default = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign):
+            types = tuple(part.strip() for part in ast.unparse(node.annotation).split("|"))
+        else:
+            types = (type(default).__name__,)
+        parameters[target.id] = Parameter(default, types)
+    return parameters
+
+
+def load_profile(name: str, root: Path | None = None) -> dict:
+    """A profile by its name in `notebooks/profiles/` or by its path: `{NAME: value}`.
+
+    Raises:
+        ParameterError: when there is none, or when it is not a flat YAML mapping.
+    """
+    folder = Path(root or ROOT) / "notebooks" / "profiles"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ParameterError(f"No profile {name!r}: it is neither a file nor one of: {known}.")
+    try:
+        profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path} is no valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(profile, dict):
+        raise ParameterError(
+            f"{path} must hold `NAME: value` lines, not a {type(profile).__name__}."
+        )
+    return profile
+
+
+def check(values: Mapping[str, object], root: Path | None = None) -> dict[str, object]:
+    """Return `values` unchanged as a dict when the series can run with them.
+
+    Raises:
+        ParameterError: names that no notebook owns, wrong types, values out of range; at most ten
+            findings, a line each.
+    """
+    known = {n: p for parameters in declared(root).values() for n, p in parameters.items()}
+    faults = []
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            faults.append(f"{name} is no parameter of any notebook.{hint}")
+        elif fault := fault_of(name, value, known[name]):
+            faults.append(fault)
+    if faults:
+        shown = faults[:10] + ([f"… and {len(faults) - 10} more"] if len(faults) > 10 else [])
+        raise ParameterError("\n".join(shown))
+    return dict(values)
+
+
+def fault_of(name: str, value: object, parameter: Parameter) -> str | None:
+    """What is wrong with one value, in a sentence; None when nothing is."""
+    if not parameter.accepts(value):
+        wanted = " or ".join(parameter.types)
+        hint = ""
+        if (
+            isinstance(value, str)
+            and "float" in parameter.types
+            and re.match(r"^\d+e-?\d+$", value)
+        ):
+            hint = f" In YAML a number like {value} needs a point: {value.replace('e', '.0e')}."
+        return f"{name} = {value!r} is {type(value).__name__}, wanted {wanted}.{hint}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} = {value} is not a finite number."
+    if value is None:
+        return None
+    for pattern, (holds, text) in RULES.items():
+        if re.fullmatch(pattern, name):
+            return None if holds(value) else f"{name} = {value!r} must be {text}."
+    return None

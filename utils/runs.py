@@ -1,0 +1,366 @@
+"""Where a run lives, what each stage of it saved, and clear errors when a stage is missing.
+
+A run is a folder. Each notebook owns one folder in it and closes it with `stage.json`: what it was
+made with, by which notebook, from which earlier stage. Data flows one way, so a stage is good as
+long as its own parameters and the stage before it are the ones it was made with. Nothing here
+imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from utils import parameters
+
+FOLDERS = {
+    "01_data": "data",
+    "02_teacher_phase_1": "teacher/phase_1",
+    "03_teacher_phase_2": "teacher/phase_2",
+    "04_teacher_phase_3": "teacher/phase_3",
+    "05_distillation": "student",
+    "06_evaluation": "report",
+}
+NOTEBOOKS = parameters.NOTEBOOKS
+# Openings of the test split are counted over the life of a run, whatever is made anew.
+KEPT_FOREVER = ("test_openings.json",)
+KAGGLE_HOURS, KAGGLE_MARGIN = 12.0, 0.5
+
+
+class StageError(RuntimeError):
+    """A stage that a notebook needs is missing, unfinished or made from something else."""
+
+
+def root() -> Path:
+    """The folder that holds `utils` and `notebooks`."""
+    return parameters.ROOT
+
+
+def on_kaggle() -> bool:
+    """Whether this runs in a Kaggle session."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def kaggle_input() -> Path:
+    """Where Kaggle mounts what is attached, read-only."""
+    return Path(os.environ.get("KAGGLE_INPUT_ROOT", "/kaggle/input"))
+
+
+def kaggle_working() -> Path:
+    """The only folder that Kaggle keeps of a session."""
+    return Path(os.environ.get("KAGGLE_WORKING_ROOT", "/kaggle/working"))
+
+
+def batch_mode() -> bool:
+    """Whether nobody watches (papermill, a Kaggle batch run): live bars would only fill the log."""
+    kaggle = os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
+    if kaggle is not None:
+        return kaggle != "Interactive"
+    return "JPY_SESSION_NAME" not in os.environ and "COLAB_RELEASE_TAG" not in os.environ
+
+
+def run_folder(run_dir: str | Path) -> Path:
+    """RUN_DIR as an absolute path; a relative one lies in the project, or where Kaggle keeps it."""
+    return (kaggle_working() if on_kaggle() else root()) / Path(run_dir).expanduser()
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write(temporary path)` make a file, then give it its name, so that none is half-written.
+
+    Raises:
+        OSError: as `write` does, with the temporary file removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        left.unlink(missing_ok=True)  # what a killed process left behind
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, content: object) -> Path:
+    """Write `content` as JSON under a temporary name, then rename."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file.
+
+    Raises:
+        StageError: when it is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError(f"{path} is missing.") from error
+    except ValueError as error:
+        raise StageError(
+            f"{path} is damaged ({error}): move it away and run its notebook."
+        ) from error
+
+
+def read_stage(run: Path, notebook: str) -> dict | None:
+    """What a notebook's `stage.json` says, or None when it has never been opened."""
+    path = Path(run) / FOLDERS[notebook] / "stage.json"
+    return read_json(path) if path.exists() else None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to `<name>.<time>`, say so, and return the new path: nothing is deleted."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = folder.with_name(f"{folder.name}.{stamp}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.{stamp}-{number}")
+    folder.rename(aside)
+    for name in KEPT_FOREVER:
+        if (aside / name).exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copy2(aside / name, folder / name)
+    print(f"{folder} was made with other settings: kept as {aside.name}.")
+    return aside
+
+
+def own_parameters(notebook: str, values: Mapping, root_folder: Path | None = None) -> dict:
+    """The parameters that `notebook` decides, with `values` over its defaults."""
+    own = parameters.declared(root_folder)[notebook]
+    return {n: values.get(n, p.default) for n, p in own.items() if n not in parameters.SHARED}
+
+
+def signature(folder: str) -> str | None:
+    """A cheap mark of a data folder: its files' names and sizes; None for no folder."""
+    if not folder or not Path(folder).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def identity(run: Path, notebook: str, values: Mapping, root_folder: Path | None = None) -> dict:
+    """What decides whether a stage must be made anew: parameters, data and the stage before."""
+    own = own_parameters(notebook, values, root_folder)
+    before = NOTEBOOKS.index(notebook) - 1
+    upstream = read_stage(run, NOTEBOOKS[before]) if before >= 0 else None
+    return {
+        "notebook": notebook,
+        "parameters": json.loads(json.dumps(own)),
+        "data": signature(own.get("DATA_DIR", "")),
+        "upstream": upstream and upstream["id"],
+    }
+
+
+def state(run: Path, notebook: str, values: Mapping, root_folder: Path | None = None) -> str:
+    """How a stage stands: "missing", "done", "unfinished", or "stale".
+
+    Stale means made with other parameters or from another earlier stage than there is now.
+    """
+    saved = read_stage(Path(run), notebook)
+    if saved is None:
+        return "missing"
+    wanted = identity(Path(run), notebook, values, root_folder)
+    if any(saved.get(key) != value for key, value in wanted.items()):
+        return "stale"
+    return "done" if saved["finished"] else "unfinished"
+
+
+def attached_runs() -> list[Path]:
+    """Runs among what is attached on Kaggle (either mount layout), the furthest one last."""
+    found = {p.parent.parent for p in kaggle_input().rglob("data/stage.json")}
+
+    def progress(run):
+        saved = [read_stage(run, notebook) for notebook in NOTEBOOKS]
+        return sum(s["finished"] for s in saved if s), max(s["opened"] for s in saved if s)
+
+    return sorted(found, key=progress)
+
+
+def take_up(run: Path) -> None:
+    """Copy the furthest attached run to `run` when there is none yet; the input stays untouched."""
+    if (run / "data" / "stage.json").exists() or not (found := attached_runs()):
+        return
+    print(f"Taking up the run attached at {found[-1]}.")
+    part = run.with_name(f".{run.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(found[-1], part, copy_function=shutil.copyfile)
+    if run.exists():
+        set_aside(run)
+    part.rename(run)
+
+
+def started() -> float:
+    """When the clock of MAX_HOURS began (Unix seconds): the runner's, the container's, or now."""
+    if "SERIES_STARTED" in os.environ:
+        return float(os.environ["SERIES_STARTED"])
+    if on_kaggle():
+        with contextlib.suppress(OSError):
+            return Path("/proc/1").stat().st_ctime
+    return PROCESS_STARTED
+
+
+PROCESS_STARTED = time.time()
+
+
+def deadline(max_hours: float | None) -> float:
+    """When training must have stopped (Unix seconds); infinity without a limit."""
+    if max_hours is None:
+        if not on_kaggle():
+            return float("inf")
+        max_hours = KAGGLE_HOURS - KAGGLE_MARGIN
+    return started() + 3600 * max_hours
+
+
+@dataclass
+class Stage:
+    """One notebook's part of a run, opened by `open_stage`."""
+
+    notebook: str
+    run: Path
+    settings: dict
+    saved: dict
+    deadline: float
+    opened: float = field(default_factory=time.time)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that this notebook owns."""
+        return self.run / FOLDERS[self.notebook]
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything that this stage makes is there."""
+        return self.saved["finished"]
+
+    @property
+    def key(self) -> str:
+        """Marks this very stage: its checkpoints carry it, so that no other run's are taken up."""
+        return self.saved["id"]
+
+    def path(self, *parts: str) -> Path:
+        """A path in the run."""
+        return self.run.joinpath(*parts)
+
+    def write(self, **changes) -> None:
+        """Change `stage.json`."""
+        self.saved |= changes
+        write_json(self.folder / "stage.json", self.saved)
+
+    def finish(self, **facts) -> None:
+        """Close the stage: `facts` (plain values) are kept with it and its time is noted once."""
+        if not self.finished:
+            seconds = self.saved["seconds"] + time.time() - self.opened
+            self.write(finished=True, stopped=None, seconds=round(seconds, 1), facts=facts)
+        minutes = self.saved["seconds"] / 60
+        print(f"{self.notebook} is done: {self.folder} ({minutes:.1f} min).")
+
+    def pause(self, reason: str) -> None:
+        """Leave the stage unfinished, to go on in a later session."""
+        seconds = self.saved["seconds"] + time.time() - self.opened
+        self.write(stopped=reason, seconds=round(seconds, 1))
+        self.opened = time.time()
+        print(f"{self.notebook} stopped: {reason} Run it again to go on.")
+
+
+def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
+    """Check a notebook's parameters and what it builds on, and make its folder ready.
+
+    Args:
+        notebook: the notebook's name, such as "03_teacher_phase_2".
+        namespace: its `globals()`; every upper-case name in it is taken for a parameter.
+
+    Returns:
+        The stage; a folder made with other parameters has been set aside.
+
+    Raises:
+        parameters.ParameterError: a parameter that no notebook owns, or a bad value.
+        StageError: an earlier stage is missing, unfinished, or newer than what builds on it.
+    """
+    values = {n: v for n, v in namespace.items() if n.isupper() and not n.startswith("_")}
+    parameters.check(values)
+    run = run_folder(values["RUN_DIR"])
+    if on_kaggle():
+        take_up(run)
+    settings = earlier_settings(run, notebook) | own_parameters(notebook, values)
+    shared = {n: values[n] for n in parameters.SHARED if n in values}
+    wanted = identity(run, notebook, values)
+    folder = run / FOLDERS[notebook]
+    condition = state(run, notebook, values)
+    if condition == "stale":
+        set_aside(folder)
+    if condition in ("stale", "missing"):
+        fresh = {"id": secrets.token_hex(8), "finished": False, "stopped": None, "seconds": 0.0}
+        saved = fresh | wanted | {"opened": time.time(), "facts": {}}
+        write_json(folder / "stage.json", saved)
+    saved = read_stage(run, notebook)
+    if saved["finished"]:
+        print(f"{notebook} was done before with these parameters: {folder} is kept.")
+    return Stage(notebook, run, settings | shared, saved, deadline(values.get("MAX_HOURS")))
+
+
+def earlier_settings(run: Path, notebook: str) -> dict:
+    """All parameters of the stages before `notebook`, which must be finished and fit together."""
+    settings, last, before = {}, None, None
+    for earlier in NOTEBOOKS[: NOTEBOOKS.index(notebook)]:
+        saved = read_stage(run, earlier)
+        if saved is None:
+            raise StageError(f"{run} has no {FOLDERS[earlier]}: run notebook {earlier} first.")
+        if not saved["finished"]:
+            raise StageError(
+                f"{earlier} is unfinished in {run}"
+                f"{': ' + saved['stopped'] if saved['stopped'] else '.'} Run {earlier} again first."
+            )
+        if saved["upstream"] != last:
+            raise StageError(
+                f"{run / FOLDERS[earlier]} was made from another {before} than the one there now: "
+                f"run notebook {earlier} again."
+            )
+        settings |= saved["parameters"]
+        last, before = saved["id"], earlier
+    return settings
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine, for reports: names to versions, processors, accelerators."""
+    names = ("tensorflow", "keras", "numpy", "scikit-learn", "papermill")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if "tensorflow" not in versions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions["tensorflow"] = metadata.version("tensorflow-cpu")
+    devices = []
+    if "tensorflow" in sys.modules:
+        tf = sys.modules["tensorflow"]
+        devices = [
+            tf.config.experimental.get_device_details(d).get("device_name", d.name)
+            for d in tf.config.list_physical_devices("GPU")
+        ]
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "accelerators": devices,
+        "versions": versions,
+    }
