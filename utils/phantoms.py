@@ -92,7 +92,7 @@ def sample_knee(grade: int, rng: np.random.Generator) -> Knee:
     if rng.random() < LATERAL:
         sick, space = sick[::-1], space[::-1]
     lips = 0.045 * max(severity - 0.6, 0) * rng.uniform(0.5, 1.3, 4) * np.tile(0.4 + 0.6 * sick, 2)
-    sclerosis = 0.12 * max(severity - 1.2, 0) * rng.uniform(0.7, 1.3) * sick
+    sclerosis = 0.08 * max(severity - 1.2, 0) * rng.uniform(0.7, 1.3) * sick
     tilt = math.radians(1.2 * max(severity - 2.2, 0) + rng.standard_normal())
     tilt *= 1 if sick[1] > sick[0] else -1
     return Knee(severity, space, tuple(lips), tuple(sclerosis), tilt)
@@ -101,14 +101,15 @@ def sample_knee(grade: int, rng: np.random.Generator) -> Knee:
 def sample_patient(rng: np.random.Generator) -> dict[str, float]:
     """Draw what a patient's two knees share: size and shape of the bones, soft tissue, texture."""
     return {
-        "scale": 1 + 0.05 * rng.standard_normal(),
+        "scale": 1.04 + 0.05 * rng.standard_normal(),
         "shaft": rng.uniform(0.55, 0.72),
+        "shin": rng.uniform(0.42, 0.6),
         "condyle": rng.uniform(0.82, 0.9),
-        "notch": rng.uniform(0.2, 0.3),
-        "spines": rng.uniform(0.07, 0.12),
+        "notch": rng.uniform(0.04, 0.11),
+        "spines": rng.uniform(0.05, 0.08),
         "fibula": rng.uniform(0.55, 0.75),
         "patella": rng.uniform(-0.6, -0.4),
-        "flesh": rng.uniform(1.0, 1.6),
+        "flesh": rng.uniform(0.0, 1.0),
         "density": rng.uniform(0.85, 1.15),
         "grain": rng.uniform(0.5, 1.3),
     }
@@ -146,46 +147,50 @@ def _render(knee: Knee, patient: dict[str, float], rng: np.random.Generator, siz
 
     # The joint line: condyles above, plateau below, the joint space between them.
     width = np.sqrt(u**2 + 0.06**2)
-    femur_end = 0.1 - 0.2 * ((width - 0.45) / 0.4) ** 2
-    femur_end -= patient["notch"] * np.exp(-((u / 0.16) ** 2)) * 0.5
+    off_center = ((width - 0.45) / 0.4) ** 2
+    femur_end = 0.1 - 0.07 * off_center - 0.07 * off_center**3
+    femur_end -= patient["notch"] * np.exp(-((u / 0.14) ** 2))
     lateral_mm, medial_mm = knee.joint_space
     to_halves = 2 / FIELD_MM
     plateau = 0.1 + to_halves * (lateral_mm + (medial_mm - lateral_mm) * medial)
-    plateau += 0.03 * ((width - 0.45) / 0.4) ** 2 - 0.025 + math.tan(knee.tilt) * (u - 0.45) * 0.3
-    for place, height in ((-0.1, 0.8), (0.09, 1.0)):
-        plateau -= patient["spines"] * height * np.exp(-(((u - place) / 0.055) ** 2))
+    plateau -= 0.03 * off_center + math.tan(knee.tilt) * np.abs(u) * (medial - 0.5)
+    for place, height, breadth in ((-0.08, 0.7, 0.05), (0.09, 1.0, 0.05), (0, 0.8, 0.22)):
+        plateau -= patient["spines"] * height * np.exp(-(((u - place) / breadth) ** 2))
 
     # Distance to each bone's edge, positive inside, from its end and its two sides.
     femur_side = patient["shaft"] + (patient["condyle"] - patient["shaft"]) / (
         1 + np.exp(-(v + 0.6) / 0.08)
     )
     femur_side = femur_side - 0.06 * np.exp(-(((v + 0.12) / 0.1) ** 2))
-    tibia_side = 0.5 + 0.3 * np.exp(-(np.maximum(v - 0.15, 0) / 0.45) ** 2)
+    tibia_side = patient["shin"] + (0.82 - patient["shin"]) * np.exp(
+        -((np.maximum(v - 0.18, 0) / 0.5) ** 2)
+    )
     lips = knee.osteophytes
     femur_lip = np.exp(-(((v - 0.0) / 0.06) ** 2)) * (lips[0] + (lips[1] - lips[0]) * medial)
     tibia_lip = np.exp(-(((v - 0.24) / 0.05) ** 2)) * (lips[2] + (lips[3] - lips[2]) * medial)
     femur = _soft_min(femur_end - v, femur_side + 1.5 * femur_lip - np.abs(u), 0.12)
-    tibia = _soft_min(v - plateau, tibia_side + 1.5 * tibia_lip - np.abs(u), 0.05)
+    tibia = _soft_min(v - plateau, tibia_side + 1.5 * tibia_lip - np.abs(u), 0.08)
     head = patient["fibula"]
-    fibula = 0.15 - 0.05 * np.clip((v - head) / 0.3, 0, 1) - np.abs(u + 0.72)
-    fibula = _soft_min(fibula, v - head, 0.12)
-    patella = 0.36 - np.hypot(u, (v - patient["patella"]) * 1.1)
+    fibula = 0.2 - 0.09 * np.clip((v - head) / 0.35, 0, 1) - np.abs(u + 0.76 - 0.1 * (v - head))
+    fibula = _soft_min(fibula, v - head, 0.25)
+    patella = 0.42 - (u**4 + (v - patient["patella"]) ** 4) ** 0.25
 
     # Absorption: flesh is a cylinder; bone a filled one with a dense rim.
-    image = 0.55 * np.sqrt(np.maximum(1 - (u / (0.75 + 0.5 * patient["flesh"])) ** 2, 0.02))
-    texture = _trabeculae(rng, size) * 0.06 * patient["grain"]
+    image = 0.55 * np.sqrt(np.maximum(1 - (u / (1.02 + patient["flesh"])) ** 2, 0))
+    texture = _trabeculae(rng, size) * 0.025 * patient["grain"]
     for depth, dense in ((femur, 0.34), (tibia, 0.34), (fibula, 0.14)):
         inside = np.clip(depth / blur + 0.5, 0, 1)
         rim = np.exp(-((np.maximum(depth, 0) / 0.03) ** 2))
         body = 1 - 0.45 * np.exp(-np.maximum(depth, 0) / 0.15)
         image += inside * patient["density"] * (dense * body + 0.12 * rim + texture)
-    image += 0.07 * np.clip(patella / 0.06 + 0.5, 0, 1)
+    image += 0.06 * np.clip(patella / 0.15 + 0.5, 0, 1)
 
     # Sclerosis: bone whitens beneath the cartilage, along the loaded part of the joint line.
     loaded = np.exp(-(((width - 0.5) / 0.28) ** 4))
     amount = knee.sclerosis[0] + (knee.sclerosis[1] - knee.sclerosis[0]) * medial + 0.05
-    for depth, reach in ((v - plateau, 0.09), (femur_end - v, 0.06)):
-        image += loaded * amount * (depth > 0) * np.exp(-((depth / reach) ** 2))
+    below, above = np.maximum(v - plateau, 0), np.maximum(femur_end - v, 0)
+    image += loaded * amount * np.where(v > plateau, np.exp(-((below / 0.09) ** 2)), 0)
+    image += loaded * amount * np.where(v < femur_end, np.exp(-((above / 0.05) ** 2)), 0)
     return _expose(image, axis, rng)
 
 
@@ -208,14 +213,15 @@ def _soft_min(a, b, radius):
 def _trabeculae(rng, size):
     """Bone texture (size, size), mean 0, deviation about 1: fine streaks along the load."""
     fine = rng.standard_normal((size, size))
-    streaks = sum(np.roll(fine, shift, axis=0) for shift in range(max(size // 16, 3)))
-    return streaks / streaks.std()
+    streaks = sum(np.roll(fine, shift, axis=0) for shift in range(max(size // 20, 3)))
+    coarse = rng.standard_normal((16, 16)).repeat(-(-size // 16), 0).repeat(-(-size // 16), 1)
+    return streaks / streaks.std() + 0.5 * coarse[:size, :size]
 
 
 def _expose(image, axis, rng):
     """Standardise, then expose as chance has it: uneven field, contrast, brightness, noise."""
     u, v = axis[None, :], axis[:, None]
-    slope = rng.normal(0, 0.25, 4)
+    slope = rng.normal(0, 0.4, 4)
     image = (image - image.mean()) / image.std()
     image = image + slope[0] * u + slope[1] * v + slope[2] * u * v + slope[3] * (v**2 - 1 / 3)
     image = (image - image.mean()) / image.std()
