@@ -240,6 +240,7 @@ class Stage:
     settings: dict
     saved: dict
     deadline: float
+    planned: dict
     opened: float = field(default_factory=time.time)
 
     @property
@@ -261,6 +262,18 @@ class Stage:
         """A path in the run."""
         return self.run.joinpath(*parts)
 
+    def outlook(self, left: float, seconds: float) -> str:
+        """When the teacher's later phases would end: `left` seconds, then `seconds` an epoch."""
+        later = [p for p in (2, 3) if FOLDERS[self.notebook] < f"teacher/phase_{p}"]
+        epochs = sum(self.planned.get(f"PHASE_{p}_EPOCHS", 0) for p in later)
+        if not self.folder.name.startswith("phase") or not epochs:
+            return ""
+        end = time.localtime(time.time() + left + epochs * seconds)
+        return (
+            f"The teacher's later phases ({epochs} epochs, slower than the first) end after "
+            f"{time.strftime('%H:%M', end)} at this pace."
+        )
+
     def write(self, **changes) -> None:
         """Change `stage.json`."""
         self.saved |= changes
@@ -270,6 +283,7 @@ class Stage:
         """Close the stage: `facts` (plain values) are kept with it and its time is noted once."""
         if not self.finished:
             seconds = self.saved["seconds"] + time.time() - self.opened
+            facts = self.saved["facts"] | facts
             self.write(finished=True, stopped=None, seconds=round(seconds, 1), facts=facts)
         minutes = self.saved["seconds"] / 60
         print(f"{self.notebook} is done: {self.folder} ({minutes:.1f} min).")
@@ -315,7 +329,8 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
     saved = read_stage(run, notebook)
     if saved["finished"]:
         print(f"{notebook} was done before with these parameters: {folder} is kept.")
-    return Stage(notebook, run, settings | shared, saved, deadline(values.get("MAX_HOURS")))
+    limit = deadline(values.get("MAX_HOURS"))
+    return Stage(notebook, run, settings | shared, saved, limit, planned=values)
 
 
 def earlier_settings(run: Path, notebook: str) -> dict:

@@ -1,0 +1,181 @@
+"""Distillation from stored teacher views (Hinton et al. 2015; Beyer et al. 2022).
+
+A good teacher sees what its student sees. Augmentation is a pure function of (seed, image, view),
+so the teacher looks once at V views of every training image and its logits are kept; the student's
+epoch e trains on view e mod V, with exactly the pixels that the teacher saw. With T the time of a
+teacher pass and S of a student epoch, E epochs cost V·T + E·S instead of E·(T + S).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from tqdm.auto import tqdm
+
+from utils import data, runs, views
+
+# A stored view must agree with the teacher looking again, up to what other batch sizes change.
+TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class ViewStore:
+    """Teacher logits of V views of every training image, one file a view.
+
+    Attributes:
+        folder: `views/<key>` in the run.
+        count: V.
+        images: number of training images.
+    """
+
+    folder: Path
+    count: int
+    images: int
+
+    def path(self, view: int) -> Path:
+        """The file of one view."""
+        return self.folder / f"view_{view:04d}.npy"
+
+    def logits(self, view: int) -> np.ndarray:
+        """The teacher's logits of one view: float32 (n, K), rows as in the training split.
+
+        Raises:
+            runs.StageError: when the file is missing or damaged.
+        """
+        logits = read_view(self.path(view), self.images)
+        if logits is None:
+            raise runs.StageError(f"{self.path(view)} is missing or damaged: run 05 again.")
+        return logits
+
+
+def read_view(path: Path, images: int) -> np.ndarray | None:
+    """A stored view, or None when it is missing or damaged."""
+    try:
+        logits = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = logits.ndim == 2 and len(logits) == images and np.isfinite(logits).all()
+    return logits if whole else None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def store_origin(teacher_file: Path, dataset: data.Dataset, image_size: int) -> dict:
+    """All that the teacher's logits depend on; its hash names the store."""
+    return {
+        "teacher": file_digest(teacher_file),
+        "data": dataset.digest,
+        "augmentation": dataset.augmentation,
+        "seed": dataset.seed,
+        "image_size": image_size,
+    }
+
+
+def teacher_views(
+    stage: runs.Stage,
+    teacher: keras.Model,
+    teacher_file: Path,
+    dataset: data.Dataset,
+    *,
+    image_size: int,
+    count: int,
+    batch_size: int,
+) -> ViewStore | None:
+    """Let the teacher look at `count` views of every training image, or find that it has.
+
+    Views already stored are kept, so a killed pass goes on and a later student with more views only
+    adds to them. Before use, a sample is looked at again and compared.
+
+    Args:
+        stage: whose run keeps the store (in `views/`) and whose deadline counts.
+        teacher: gives logits (B, K) from images (B, S, S, 1).
+        teacher_file: the file that the teacher was loaded from.
+        dataset: whose training split is looked at.
+        image_size: the teacher's input size S in pixels.
+        count: V, the number of views.
+        batch_size: images per forward pass.
+
+    Returns:
+        The store, or None when the time limit came first: run again to go on.
+
+    Raises:
+        runs.StageError: when the stored logits are not this teacher's.
+    """
+    origin = store_origin(teacher_file, dataset, image_size)
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+    store = ViewStore(stage.path("views", key), count, len(dataset.rows("train")))
+    if not (store.folder / "origin.json").exists():
+        runs.write_json(store.folder / "origin.json", origin)
+    missing = [v for v in range(count) if read_view(store.path(v), store.images) is None]
+    if len(missing) < count:
+        print(f"{count - len(missing)} of {count} views are stored already in {store.folder}.")
+    pixels = dataset.pixels("train", image_size)
+    slowest = 0.0
+    for view in tqdm(missing, desc="teacher views", unit="view", disable=runs.batch_mode()):
+        began = time.time()
+        if began + slowest > stage.deadline:
+            stage.pause(
+                f"{count - len(missing) + missing.index(view)} of {count} views are stored."
+            )
+            return None
+        logits = look(teacher, pixels, view, dataset, batch_size)
+        runs.write_atomic(store.path(view), lambda temporary, x=logits: save_array(temporary, x))
+        slowest = max(slowest, time.time() - began)
+    check_sample(store, teacher, pixels, dataset, batch_size)
+    return store
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def look(teacher, pixels, view: int, dataset: data.Dataset, batch_size: int) -> np.ndarray:
+    """The teacher's logits for one view of `pixels`: float32 (n, K)."""
+    batches = views.view_batches(
+        pixels,
+        view=view,
+        seed=dataset.seed,
+        augmentation=dataset.augmentation,
+        batch_size=batch_size,
+    )
+    return teacher.predict(batches, verbose=0).astype("float32")
+
+
+def check_sample(store: ViewStore, teacher, pixels, dataset, batch_size: int) -> None:
+    """Look again at the first images of the last view and compare with what is stored.
+
+    Raises:
+        runs.StageError: when they differ by more than `TOLERANCE` of the logits' spread.
+    """
+    few = pixels[: min(len(pixels), batch_size)]
+    stored = store.logits(store.count - 1)[: len(few)]
+    again = look(teacher, few, store.count - 1, dataset, batch_size)
+    difference = float(np.abs(again - stored).max() / max(stored.std(), 1e-3))
+    if not difference < TOLERANCE:
+        raise runs.StageError(
+            f"The stored views in {store.folder} are not this teacher's (they differ by "
+            f"{difference:.3f} of the logits' spread): move that folder away and run 05 again."
+        )
+
+
+def distillation_targets(hard: np.ndarray, store: ViewStore):
+    """A function view -> float32 (n, 2K): hard label distribution beside the teacher's logits."""
+    return lambda view: np.concatenate([hard, store.logits(view)], axis=1)
+
+
+def soften(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Softmax of `logits` (..., K) at a temperature: float64 probabilities that sum to 1."""
+    scaled = np.asarray(logits, "float64") / temperature
+    scaled = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return scaled / scaled.sum(axis=-1, keepdims=True)
