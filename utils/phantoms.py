@@ -137,7 +137,7 @@ def draw(
     return radiograph if side == "R" else np.ascontiguousarray(radiograph[:, ::-1])
 
 
-def _render(knee: Knee, patient: dict[str, float], rng: np.random.Generator, size: int):
+def _render(knee, patient, rng, size):
     """Absorption of soft tissue and bones, line by line, then exposure and noise. A right knee."""
     pixel = 2 / size
     blur = max(pixel, 0.02)
@@ -166,7 +166,7 @@ def _render(knee: Knee, patient: dict[str, float], rng: np.random.Generator, siz
         -((np.maximum(v - 0.18, 0) / 0.5) ** 2)
     )
     lips = knee.osteophytes
-    femur_lip = np.exp(-(((v - 0.0) / 0.06) ** 2)) * (lips[0] + (lips[1] - lips[0]) * medial)
+    femur_lip = np.exp(-((v / 0.06) ** 2)) * (lips[0] + (lips[1] - lips[0]) * medial)
     tibia_lip = np.exp(-(((v - 0.24) / 0.05) ** 2)) * (lips[2] + (lips[3] - lips[2]) * medial)
     femur = _soft_min(femur_end - v, femur_side + 1.5 * femur_lip - np.abs(u), 0.12)
     tibia = _soft_min(v - plateau, tibia_side + 1.5 * tibia_lip - np.abs(u), 0.08)
@@ -307,7 +307,9 @@ def _split_counts(patients, splits):
     others = [round(patients * fraction) for fraction in splits[1:]]
     counts = [patients - sum(others), *others]
     if min(counts) < GRADES:
-        raise ValueError(f"{patients} patients give splits of {counts}: each needs {GRADES} or more")
+        raise ValueError(
+            f"{patients} patients give splits of {counts}: each needs {GRADES} or more"
+        )
     if patients > 1_000_000:
         raise ValueError(f"{patients} patients: there are numbers for 1,000,000")
     return counts
