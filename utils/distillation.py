@@ -53,6 +53,10 @@ class ViewStore:
             raise runs.StageError(f"{self.path(view)} is missing or damaged: run 05 again.")
         return logits
 
+    def validation(self) -> np.ndarray:
+        """The teacher's logits of the val split, not augmented: float32 (n_val, K)."""
+        return np.load(self.folder / "validation.npy")
+
 
 def read_view(path: Path, images: int) -> np.ndarray | None:
     """A stored view, or None when it is missing or damaged."""
@@ -132,6 +136,9 @@ def teacher_views(
         runs.write_atomic(store.path(view), lambda temporary, x=logits: save_array(temporary, x))
         slowest = max(slowest, time.time() - began)
     check_sample(store, teacher, pixels, dataset, batch_size)
+    held_out = views.evaluation_batches(dataset.pixels("val", image_size), batch_size=batch_size)
+    logits = teacher.predict(held_out, verbose=0).astype("float32")
+    runs.write_atomic(store.folder / "validation.npy", lambda path: save_array(path, logits))
     return store
 
 

@@ -52,6 +52,26 @@ class Leg:
     accumulation: int = 1
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Legs, data, loss and metrics of one training; `utils.recipes` makes them.
+
+    Attributes:
+        legs: what trains, for how long and how fast, in order.
+        batches: first epoch (from 0, over all legs) -> training batches from there on, and steps an
+            epoch.
+        validation: (x, y) batches of the val split, not augmented.
+        loss: on logits.
+        metrics: makes new metrics: "accuracy" and "qwk".
+    """
+
+    legs: Sequence[Leg]
+    batches: Callable[[int], tuple[tf.data.Dataset, int]]
+    validation: tf.data.Dataset
+    loss: keras.losses.Loss
+    metrics: Callable[[], list[keras.metrics.Metric]]
+
+
 class LossNotFinite(RuntimeError):
     """The loss became NaN or infinite."""
 
@@ -138,7 +158,7 @@ def make_optimizer(leg: Leg, steps: int) -> keras.optimizers.Optimizer:
     return optimizer
 
 
-def compile_leg(model, leg: Leg, steps: int, loss, metrics, jit_compile) -> None:
+def compile_leg(model, leg: Leg, steps: int, recipe: Recipe, jit_compile) -> None:
     """Set what trains and compile, with the optimizer built, so that nothing is traced twice.
 
     Under float16 the loss is scaled by Keras's own `LossScaleOptimizer`.
@@ -148,9 +168,12 @@ def compile_leg(model, leg: Leg, steps: int, loss, metrics, jit_compile) -> None
     if any(layer.compute_dtype == "float16" for layer in model.layers):
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(
-        optimizer, loss, weighted_metrics=[], metrics=metrics, jit_compile=jit_compile,
+        optimizer,
+        recipe.loss,
+        metrics=recipe.metrics(),
+        jit_compile=jit_compile,
         auto_scale_loss=False,
-    )  # fmt: skip
+    )
     optimizer.build(model.trainable_variables)
 
 
@@ -256,24 +279,16 @@ def train(
     stage: runs.Stage,
     name: str,
     model: keras.Model,
-    legs: Sequence[Leg],
-    batches: Callable[[int], tuple[tf.data.Dataset, int]],
-    validation: tf.data.Dataset,
-    loss: keras.losses.Loss,
-    metrics: Callable[[], list[keras.metrics.Metric]],
+    recipe: Recipe,
 ) -> Training:
-    """Train `model` through `legs` and save it as `<name>.keras` in the stage's folder.
+    """Train `model` through the legs of `recipe`; save it as `<name>.keras` in the stage's folder.
 
     Args:
         stage: whose folder holds checkpoint, history and model, and whose deadline counts.
         name: "teacher", "student" or "student_labels_only".
         model: logits (B, K) from images (B, S, S, 1); built or loaded in the strategy's scope.
-        legs: in order; the best weights so far are where the next starts.
-        batches: first epoch (from 0, over all legs) -> training data from there on, and the steps
-            of an epoch. Called after the checkpoint has been read.
-        validation: (x, y) batches.
-        loss: on logits.
-        metrics: makes new metrics, among them one named "qwk".
+        recipe: a `recipes.Recipe`. Its batches are asked for after the checkpoint has been read;
+            the best weights so far are where each leg starts; `metrics` holds one named "qwk".
 
     Returns:
         A `Training`; the model has the weights of the best epoch by `val_qwk`. One that was
@@ -299,11 +314,11 @@ def train(
     best, out_of_time = groups.get("best", start), False
     synchronize_head(model, replicas > 1)
     first = 0
-    for leg in legs:
+    for leg in recipe.legs:
         last = first + leg.epochs
         if progress.epoch < last and not (out_of_time or progress.stopped):
             keeper = Keeper(stage, path, progress, best, (first, last), leg)
-            run_leg(keeper, model, batches, validation, loss, metrics, groups.get("optimizer"))
+            run_leg(keeper, model, recipe, groups.get("optimizer"))
             out_of_time = keeper.out_of_time
         first = last
     synchronize_head(model, False)
@@ -316,7 +331,7 @@ def train(
 
     notes = [progress.stopped] if progress.stopped else []
     checkpoints.assign(model.weights, best, "best weights")
-    if collapsed(model, validation, progress.best_qwk):
+    if collapsed(model, recipe.validation, progress.best_qwk):
         notes.append("It ended in one class: the weights that it started from are handed on.")
         checkpoints.assign(model.weights, start, "first weights")
         progress.best_epoch = 0
@@ -329,17 +344,17 @@ def train(
     return Training(history, True, progress.best_epoch, notes)
 
 
-def run_leg(keeper: Keeper, model, batches, validation, loss, metrics, optimizer_state) -> None:
+def run_leg(keeper: Keeper, model, recipe: Recipe, optimizer_state) -> None:
     """Compile and fit one leg, from its start or from where the checkpoint left it."""
     progress, leg, (first, last) = keeper.progress, keeper.leg, keeper.span
     if keeper.stops_now():
         return
-    data, steps = batches(progress.epoch)
+    data, steps = recipe.batches(progress.epoch)
     with model.distribute_strategy.scope() if model.distribute_strategy else nullcontext():
         if progress.epoch == first:
             checkpoints.assign(model.weights, keeper.best, "best weights")
         jit_compile = resolve_jit(keeper.stage.settings["JIT_COMPILE"], replicas_of(model))
-        compile_leg(model, leg, steps, loss, metrics(), jit_compile)
+        compile_leg(model, leg, steps, recipe, jit_compile)
         if progress.epoch > first:
             checkpoints.assign(model.optimizer.variables, optimizer_state, "optimizer")
     try:
@@ -348,7 +363,7 @@ def run_leg(keeper: Keeper, model, batches, validation, loss, metrics, optimizer
             initial_epoch=progress.epoch,
             epochs=last,
             steps_per_epoch=steps,
-            validation_data=validation,
+            validation_data=recipe.validation,
             callbacks=[keeper],
             verbose=0 if runs.batch_mode() else 1,
         )
