@@ -1,0 +1,354 @@
+"""Every figure of the series, and the way figures are kept: as PNG, with alternative text.
+
+Functions take plain arrays and tables and return a matplotlib Figure made without pyplot, so that
+none is left open. Palettes are ones that colour-blind readers tell apart (cividis, seaborn's
+"colorblind"), and models differ by marker as well as by colour. Values and intervals are fractions
+unless said otherwise; columns `low` and `high` are the ends of a 95 % interval and may be missing
+(NaN). `note` stands behind the title: "synthetic" wherever drawn phantoms are shown.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from utils import runs
+from utils.report_plots import (
+    agreement,
+    confusion_matrices,
+    coverage,
+    deletion,
+    differences,
+    draw_confusion,
+    exports,
+    leak_gaps,
+    metric_intervals,
+    recall_intervals,
+    reliability,
+    rows_axes,
+    target_bar,
+)
+from utils.teaching_plots import (
+    COLORS,
+    FAINT,
+    INK,
+    MARKERS,
+    WIDTH,
+    attention_map,
+    augmented_views,
+    contact_sheet,
+    error_gallery,
+    explanation_page,
+    figure,
+    gallery,
+    overlay,
+    scales_on_image,
+    show_image,
+    soft_targets,
+    softmax_of_softmax,
+    styled,
+)
+
+__all__ = [
+    "agreement", "attention_map", "augmented_views", "class_counts", "confusion_matrices",
+    "contact_sheet", "coverage", "deletion", "differences", "error_gallery", "explanation_page",
+    "exports", "frozen_map", "gallery", "images_per_patient", "leak_gaps", "learning_curves",
+    "metric_intervals", "ratios", "recall_intervals", "reliability", "save", "scales_on_image",
+    "schedule", "series_overview", "show", "soft_targets", "softmax_of_softmax", "target_bar",
+]  # fmt: skip
+
+DOTS = 120  # dots an inch of the files
+SHOWN = 80  # dots an inch on the page
+HEAVY = 60_000  # bytes above which a notebook carries a JPEG: 20 pictures fit in its 400 kB
+
+
+def save(fig: Figure, path: str | Path, alt: str) -> Path:
+    """Write a figure as PNG and keep its alternative text in `figures.json` beside it.
+
+    Args:
+        path: ends in .png.
+        alt: what the figure shows, for those who cannot see it.
+
+    Raises:
+        ValueError: no alternative text, or another ending.
+    """
+    path, alt = Path(path), " ".join(alt.split())
+    if path.suffix != ".png":
+        raise ValueError(f"A figure is saved as .png, not {path.name}: change the ending.")
+    if not alt:
+        raise ValueError(f"{path.name} has no alternative text: say in a sentence what it shows.")
+    runs.write_atomic(path, lambda file: fig.savefig(file, dpi=DOTS, metadata={"Software": None}))
+    register = path.with_name("figures.json")
+    known = runs.read_json(register) if register.exists() else {}
+    runs.write_json(register, known | {path.name: alt})
+    return path
+
+
+def embedded(path: str | Path, alt: str) -> str:
+    """An HTML `<img>` that carries the picture itself, small enough for a notebook in git."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    size = [round(side * SHOWN / DOTS) for side in picture.size]
+    kind, file = "png", io.BytesIO()
+    # Few colours serve charts; their text stays sharp at the file's full size.
+    picture.quantize(64).save(file, "png", optimize=True)
+    if file.tell() > HEAVY:
+        kind, file = "jpeg", io.BytesIO()
+        smaller = picture.resize(size, Image.Resampling.LANCZOS)
+        smaller.save(file, "jpeg", quality=75, optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    return (
+        f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" '
+        f'width="{size[0]}" style="max-width:100%;height:auto">'
+    )
+
+
+def show(fig: Figure, path: str | Path, alt: str) -> None:
+    """Save a figure as `save` does and display it with its alternative text in a notebook."""
+    from IPython.display import HTML, display
+
+    alt = " ".join(alt.split())
+    display(HTML(embedded(save(fig, path, alt), alt)))
+
+
+@styled
+def class_counts(
+    table: pd.DataFrame,
+    names: Sequence[str],
+    *,
+    title: str | None = "Images of each grade",
+    note: str = "",
+) -> Figure:
+    """Images of each class in every split, with counts and shares of the split.
+
+    Args:
+        table: the manifest; columns `split` and `grade` (int, an index into `names`).
+    """
+    counts = pd.crosstab(table["split"], table["grade"]).reindex(
+        index=list(dict.fromkeys(table["split"])), columns=range(len(names)), fill_value=0
+    )
+    made = figure(title, note, 3.2)
+    ax = made.subplots()
+    width = 0.86 / len(counts)
+    for number, (split, row) in enumerate(counts.iterrows()):
+        where = np.arange(len(names)) + (number - (len(counts) - 1) / 2) * width
+        bars = ax.bar(where, row, 0.94 * width, color=COLORS[number % len(COLORS)],
+                      label=f"{split}: {row.sum():,}")  # fmt: skip
+        shares = row / max(row.sum(), 1)
+        texts = [f"{n:,}\n{s:.0%}" for n, s in zip(row, shares, strict=True)]
+        ax.bar_label(bars, texts, fontsize=8, padding=1)
+    ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel="images", ylim=(0, 1.2 * counts.to_numpy().max()))
+    ax.legend(ncols=len(counts), loc="upper right", bbox_to_anchor=(1, 1.12))
+    return made
+
+
+@styled
+def images_per_patient(
+    table: pd.DataFrame,
+    *,
+    title: str | None = "Images of each patient",
+    note: str = "",
+) -> Figure:
+    """How many patients have one, two, … images. Args: table: manifest with column `patient`."""
+    counts = table["patient"].value_counts().value_counts().sort_index()
+    made = figure(title, note, 2.4, WIDTH / 2)
+    ax = made.subplots()
+    bars = ax.bar(counts.index.astype(str), counts, 0.5, color=COLORS[0])
+    ax.bar_label(bars, [f"{n:,}" for n in counts], fontsize=9)
+    ax.set(xlabel="images of one patient", ylabel="patients")
+    return made
+
+
+def stretches(values: Sequence) -> list[tuple[object, int, int]]:
+    """Runs of equal neighbours: (value, first position, last position)."""
+    values = list(values)
+    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
+    return [(values[a], a, b - 1) for a, b in zip(starts, [*starts[1:], len(values)], strict=True)]
+
+
+@styled
+def learning_curves(
+    history: pd.DataFrame,
+    *,
+    monitor: str = "val_qwk",
+    title: str | None = "Learning curves",
+    note: str = "",
+) -> Figure:
+    """Loss, accuracy, QWK and learning rate over epochs, of train and val.
+
+    Args:
+        history: one row an epoch, in order; `epoch`, any of `loss`, `accuracy`, `qwk` (each with
+            `val_`) and `learning_rate`; a column `phase` or `step` shades its stretches. Where
+            `epoch` starts anew with every phase, epochs are counted through.
+        monitor: the column whose best (greatest) epoch is marked.
+    """
+    panels = [n for n in ("loss", "accuracy", "qwk") if n in history or f"val_{n}" in history]
+    panels += [n for n in ("learning_rate",) if n in history]
+    x = history["epoch"].to_numpy()
+    x = x if len(set(x)) == len(x) else np.arange(1, len(x) + 1)
+    phase = next((c for c in ("phase", "step") if c in history), None)
+    best = None
+    if monitor in history and history[monitor].notna().any():
+        best = int(np.nanargmax(history[monitor].to_numpy(float)))
+    made = figure(title, note, 2.7)
+    for ax, name in zip(made.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for column, text, number in ((name, "train", 0), (f"val_{name}", "val", 1)):
+            if column in history:
+                ax.plot(x, history[column], color=COLORS[number], label=text, lw=1.6,
+                        marker=MARKERS[number], ms=3 if len(x) > 12 else 4.5)  # fmt: skip
+        for number, (value, first, last) in enumerate(stretches(history[phase]) if phase else []):
+            if number % 2:
+                ax.axvspan(x[first] - 0.5, x[last] + 0.5, color="#f0f0f0", lw=0, zorder=0)
+            middle = (x[first] + x[last]) / 2
+            ax.text(middle, 1, str(value), transform=ax.get_xaxis_transform(), ha="center",
+                    va="bottom", fontsize=8, color=FAINT)  # fmt: skip
+        if best is not None:
+            ax.axvline(x[best], color=INK, lw=0.8, ls=":")
+        text = {"qwk": "QWK", "learning_rate": "learning rate"}.get(name, name)
+        ax.set_title(text, pad=14 if phase else 6)
+        ax.set_xlabel("epoch")
+        ax.set_xlim(x[0] - 0.5, x[-1] + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if name == "learning_rate":
+            ax.set_yscale("log")
+        elif ax.lines:
+            ax.grid(axis="y")
+    if panels:
+        made.axes[0].legend(fontsize=9)
+    if best is not None:
+        value = history[monitor].iloc[best]
+        at = f"dotted: best epoch, {x[best]} ({monitor.replace('_', ' ')} {value:.3f})"
+        made.text(0.995, 1.0, at, ha="right", va="top", fontsize=9, color=FAINT)
+    return made
+
+
+@styled
+def schedule(
+    values: Sequence[float],
+    *,
+    steps_per_epoch: int = 1,
+    warmup_epochs: float = 0,
+    title: str | None = "Learning rate",
+    note: str = "",
+) -> Figure:
+    """The learning rate at every step, over epochs; the warm-up is shaded."""
+    made = figure(title, note, 2.4)
+    ax = made.subplots()
+    ax.plot(np.arange(len(values)) / steps_per_epoch, values, color=COLORS[0])
+    if warmup_epochs:
+        ax.axvspan(0, warmup_epochs, color="#f0f0f0")
+        ax.text(warmup_epochs / 2, 0, "warm-up", ha="center", va="bottom", color=FAINT, fontsize=9)
+    ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None), xlim=(0, None))
+    ax.grid(axis="y")
+    return made
+
+
+@styled
+def frozen_map(
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    title: str | None = "What trains in which phase",
+    note: str = "",
+) -> Figure:
+    """Parts of a model down, phases across; filled where a part trains.
+
+    Args:
+        tables: phase to a table with columns `part`, `parameters` (count) and `trainable` (count of
+            those that train, or a truth value), the same parts in the same order in every phase.
+    """
+    parts = list(next(iter(tables.values()))["part"])
+    share = np.zeros((len(parts), len(tables)))
+    counts = np.zeros_like(share)
+    for column, table in enumerate(tables.values()):
+        counts[:, column] = table["parameters"]
+        trains = table["trainable"]
+        trains = counts[:, column] * trains if trains.dtype == bool else trains
+        share[:, column] = np.asarray(trains, float) / np.maximum(counts[:, column], 1)
+    made = figure(title, note, 0.32 * len(parts) + 1.1, min(WIDTH, 3 + 1.9 * len(tables)))
+    ax = made.subplots()
+    ax.pcolormesh(share, cmap=sns.light_palette(COLORS[0], as_cmap=True), vmin=0, vmax=1.2,
+                  edgecolor="white", linewidth=2)  # fmt: skip
+    for (row, column), part in np.ndenumerate(share):
+        text = "frozen" if part == 0 else f"{part * counts[row, column]:,.0f} train"
+        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9,
+                color="white" if part > 0.6 else INK)  # fmt: skip
+    ax.set_xticks(np.arange(len(tables)) + 0.5, tables)
+    ax.set_yticks(np.arange(len(parts)) + 0.5, parts)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.invert_yaxis()
+    return made
+
+
+@styled
+def series_overview(
+    images: np.ndarray,
+    names: Sequence[str],
+    maps: np.ndarray,
+    confusion: Mapping[str, np.ndarray],
+    *,
+    title: str | None = "From X-ray to grade: a large teacher, a small student",
+    note: str = "",
+) -> Figure:
+    """The whole in one picture: a knee of each grade, where the teacher looks, who errs where.
+
+    Args:
+        images: uint8 (classes, height, width[, 1]), one knee of each class.
+        maps: float (classes, h, w), the teacher's map of each.
+        confusion: model to counts (classes, classes), truth down.
+    """
+    made = figure(title, note, 3.3, 1.25 * WIDTH)
+    left, right = made.subfigures(1, 2, width_ratios=[1.1, 0.5 * len(confusion)])
+    axes = left.subplots(2, len(names), squeeze=False)
+    for column, (image, name) in enumerate(zip(images, names, strict=True)):
+        show_image(axes[0, column], image, name)
+        show_image(axes[1, column], overlay(image, maps[column]))
+    axes[1, 0].set_xlabel("where the teacher looks", loc="left")
+    draw_confusion(right, confusion, names, colorbar=False)
+    return made
+
+
+@styled
+def ratios(
+    table: pd.DataFrame,
+    *,
+    xlabel: str = "times as fast as the peer (1 = the same)",
+    title: str | None = "Speed against peers",
+    note: str = "",
+) -> Figure:
+    """Ratios on a logarithmic scale from 1.
+
+    Args:
+        table: columns `name`, `ratio` (> 0), and perhaps `low`, `high`, and `target`.
+    """
+    made = figure(title, note, 1.1 + 0.36 * len(table))
+    ax = made.subplots()
+    ax.axvline(1, color=INK, lw=1)
+    for y, (_, row) in enumerate(table.iterrows()):
+        color = COLORS[0] if row["ratio"] >= 1 else COLORS[1]
+        ax.barh(y, row["ratio"] - 1, 0.6, left=1, color=color)
+        low, high = row.get("low", np.nan), row.get("high", np.nan)
+        text = f"{row['ratio']:.2g} times" + (
+            "" if np.isnan(low) else f" ({low:.2g} to {high:.2g})"
+        )
+        ax.plot([low, high], [y, y], color=INK, lw=1.2)
+        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+        if np.isfinite(row.get("target", np.nan)):
+            ax.plot([row["target"]] * 2, [y - 0.38, y + 0.38], color=INK, lw=1.5, ls="--")
+    rows_axes(ax, list(table["name"]))
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel)
+    return made

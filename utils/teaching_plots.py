@@ -1,0 +1,363 @@
+"""Pictures of knees and ideas: galleries, attention, receptive fields, soft targets, freezing.
+
+Notebooks reach them through `utils.plots`, which holds the figures of numbers. Every function takes
+plain arrays and tables and returns a matplotlib Figure made without pyplot, so that none is left
+open. Images are uint8, (height, width) or (height, width, 1), 0 to 255. `note` stands behind the
+title: "synthetic" wherever drawn phantoms are shown.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+WIDTH = 9.0  # inches, about a notebook's column
+COLORS = sns.color_palette("colorblind")
+MARKERS = "osD^vP"
+INK, FAINT = "#333333", "#8c8c8c"
+HEAT = matplotlib.colormaps["cividis"]
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "figure.titlesize": 12,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw under the series' style and leave matplotlib's own settings alone."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def figure(title: str | None, note: str, height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, in inches, titled "title (note)"."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    text = " ".join(part for part in (title, f"({note})" if note else "") if part)
+    if text:
+        made.suptitle(text, fontweight="semibold")
+    return made
+
+
+def pixels(image: np.ndarray) -> np.ndarray:
+    """Drop a channel axis of one: (height, width)."""
+    image = np.asarray(image)
+    return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+
+
+def show_image(ax: Axes, image: np.ndarray, title: str | None = None) -> None:
+    """Show an image (gray 0 to 255, or RGB) without axes."""
+    ax.imshow(pixels(image), cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    if title:
+        ax.set_title(title)
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lay a heat map over a radiograph.
+
+    Args:
+        image: uint8 (height, width[, 1]).
+        heat: float (h, w) of any range and coarser grid; it is stretched from its least to its
+            greatest value (a constant map colours nothing) and scaled up bilinearly.
+
+    Returns:
+        uint8 (height, width, 3); the hotter, the more colour and the less radiograph.
+    """
+    gray = pixels(image).astype("float32") / 255
+    heat = np.asarray(heat, "float32")
+    span = float(heat.max() - heat.min())
+    heat = (heat - heat.min()) / span if span > 0 else np.zeros_like(heat)
+    heat = np.asarray(Image.fromarray(heat).resize(gray.shape[::-1], Image.Resampling.BILINEAR))
+    alpha = 0.65 * heat[..., None]
+    mixed = (1 - alpha) * gray[..., None] + alpha * HEAT(heat)[..., :3]
+    return np.round(255 * mixed.clip(0, 1)).astype("uint8")
+
+
+@styled
+def gallery(
+    images: np.ndarray,
+    titles: Sequence[str] = (),
+    *,
+    ncols: int = 5,
+    title: str | None = None,
+    note: str = "",
+) -> Figure:
+    """Images row by row, each under its title.
+
+    Args:
+        images: uint8 (n, height, width[, 1]), n >= 1.
+        titles: n short texts, or none.
+    """
+    if len(images) == 0:
+        raise ValueError("gallery got no image to show: give at least one.")
+    ncols = min(ncols, len(images))
+    rows = -(-len(images) // ncols)
+    tile = WIDTH / max(ncols, 4)
+    lines = max((text.count("\n") + 1 for text in titles), default=0)
+    made = figure(title, note, rows * (tile + 0.18 * lines) + 0.4, tile * ncols)
+    axes = made.subplots(rows, ncols, squeeze=False).ravel()
+    for ax in axes[len(images) :]:
+        ax.set_axis_off()
+    for ax, image, text in zip(axes, images, titles or [None] * len(images), strict=False):
+        show_image(ax, image)
+        if text:
+            ax.set_title(text, fontsize=9)
+    return made
+
+
+@styled
+def contact_sheet(
+    images: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    per_class: int = 6,
+    title: str | None = "Some knees of each grade",
+    note: str = "",
+) -> Figure:
+    """The first `per_class` images of every class, a row each.
+
+    Args:
+        images: uint8 (n, height, width[, 1]).
+        labels: int (n,), indices into `names`.
+    """
+    tile = WIDTH / (per_class + 0.6)
+    made = figure(title, note, len(names) * tile + 0.4)
+    axes = made.subplots(len(names), per_class, squeeze=False)
+    for row, name in enumerate(names):
+        chosen = np.flatnonzero(np.asarray(labels) == row)[:per_class]
+        for ax in axes[row, 1:]:
+            ax.set_axis_off()
+        axes[row, 0].set(xticks=[], yticks=[])
+        axes[row, 0].spines[:].set_visible(False)
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
+        for ax, index in zip(axes[row], chosen, strict=False):
+            ax.imshow(pixels(images[index]), cmap="gray", vmin=0, vmax=255)
+    return made
+
+
+@styled
+def augmented_views(
+    views: np.ndarray,
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    *,
+    title: str | None = "The same knees, as training sees them",
+    note: str = "",
+) -> Figure:
+    """Views of some images: uint8 or float (rows, views, height, width[, 1]), 0 to 255."""
+    rows, columns = views.shape[:2]
+    tile = WIDTH / (columns + 0.5 * bool(row_titles))
+    made = figure(title, note, rows * tile + 0.6)
+    axes = made.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            show_image(axes[row, column], views[row, column])
+    for ax, text in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(text)
+    for ax, text in zip(axes[0], column_titles, strict=False):
+        ax.set_title(text)
+    return made
+
+
+@styled
+def scales_on_image(
+    image: np.ndarray,
+    strides: Sequence[int],
+    receptive_fields: Sequence[int] | None = None,
+    *,
+    title: str | None = "What one cell of each feature map stands for and sees",
+    note: str = "",
+) -> Figure:
+    """The grid of each tap over a radiograph, one cell filled, what that cell sees outlined.
+
+    Args:
+        image: uint8 (size, size[, 1]), at the model's input size.
+        strides: pixels from one cell to the next, for each tap.
+        receptive_fields: side in pixels of what one cell sees, for each tap; none is drawn without.
+    """
+    image = pixels(image)
+    size = image.shape[0]
+    made = figure(title, note, WIDTH / len(strides) + 0.75)
+    for number, (ax, stride) in enumerate(
+        zip(made.subplots(1, len(strides), squeeze=False)[0], strides, strict=True)
+    ):
+        show_image(ax, image)
+        edges = np.arange(0, size + 1, stride) - 0.5
+        strength = float(np.clip(stride / 20, 0.25, 0.7))
+        ax.hlines(edges, -0.5, size - 0.5, color="white", lw=0.5, alpha=strength)
+        ax.vlines(edges, -0.5, size - 0.5, color="white", lw=0.5, alpha=strength)
+        corner = size // stride // 2 * stride - 0.5
+        ax.add_patch(Rectangle((corner, corner), stride, stride, color=COLORS[1]))
+        text = f"stride {stride}: {size // stride} by {size // stride} cells"
+        if receptive_fields is not None:
+            sees = receptive_fields[number]
+            low = max(corner + (stride - sees) / 2, -0.5)
+            high = min(corner + (stride + sees) / 2, size - 0.5)
+            ax.add_patch(
+                Rectangle((low, low), high - low, high - low, fill=False, ec=COLORS[1], lw=2)
+            )
+            whole = sees >= size
+            text += "\none cell sees " + ("the whole knee" if whole else f"{sees} by {sees} pixels")
+        ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+        ax.set_title(text)
+    return made
+
+
+@styled
+def attention_map(
+    image: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    title: str | None = "Where the model looks",
+    note: str = "",
+) -> Figure:
+    """A radiograph and, beside it, maps laid over it; each map's range stands under it.
+
+    Args:
+        image: uint8 (height, width[, 1]).
+        maps: title to a float map (h, w), stretched over its own range.
+    """
+    count = len(maps) + 1
+    made = figure(title, note, WIDTH / max(count, 3) + 0.75, WIDTH * count / max(count, 3))
+    axes = made.subplots(1, count, squeeze=False)[0]
+    show_image(axes[0], image, "radiograph")
+    for ax, (name, heat) in zip(axes[1:], maps.items(), strict=True):
+        show_image(ax, overlay(image, heat), name)
+        ax.set_xlabel(f"dark {np.min(heat):.2f}, bright {np.max(heat):.2f}", fontsize=9)
+    return made
+
+
+@styled
+def explanation_page(
+    images: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    row_titles: Sequence[str] = (),
+    *,
+    title: str | None = "Where teacher and student look",
+    note: str = "",
+) -> Figure:
+    """A row for each knee: the radiograph, then one column for each kind of map laid over it.
+
+    Args:
+        images: uint8 (n, height, width[, 1]).
+        maps: column title (such as "teacher\\nGrad-CAM") to float maps (n, h, w).
+        row_titles: n short texts, such as "KL 2\\nteacher KL 2\\nstudent KL 3".
+    """
+    rows, columns = len(images), len(maps) + 1
+    tile = WIDTH / (columns + 0.9 * bool(row_titles))
+    made = figure(title, note, rows * tile + 0.8)
+    axes = made.subplots(rows, columns, squeeze=False)
+    for row, image in enumerate(images):
+        show_image(axes[row, 0], image)
+        for ax, heat in zip(axes[row, 1:], maps.values(), strict=True):
+            show_image(ax, overlay(image, heat[row]))
+    for ax, name in zip(axes[0], ["radiograph", *maps], strict=True):
+        ax.set_title(name)
+    for ax, text in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
+    return made
+
+
+@styled
+def soft_targets(
+    probabilities: np.ndarray,
+    temperatures: Sequence[float],
+    names: Sequence[str],
+    *,
+    image: np.ndarray | None = None,
+    truth: int | None = None,
+    title: str | None = "What the teacher says about one knee, softened",
+    note: str = "",
+) -> Figure:
+    """The teacher's probabilities for one knee at several temperatures (Hinton et al. 2015).
+
+    Args:
+        probabilities: float (temperatures, classes), rows sum to one.
+        image: that knee, uint8 (height, width[, 1]).
+        truth: the reader's grade, drawn in another colour.
+    """
+    count = len(temperatures) + (image is not None)
+    made = figure(title, note, 2.9)
+    axes = list(made.subplots(1, count, squeeze=False)[0])
+    if image is not None:
+        show_image(axes.pop(0), image, None if truth is None else f"read {names[truth]}")
+    colors = [COLORS[1] if k == truth else COLORS[0] for k in range(len(names))]
+    for ax, temperature, row in zip(axes, temperatures, probabilities, strict=True):
+        bars = ax.bar(range(len(names)), row, color=colors)
+        ax.bar_label(bars, [f"{p:.2f}" for p in row], fontsize=8, padding=1)
+        ax.set(title=f"T = {temperature:g}", ylim=(0, 1.08), yticks=[])
+        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 * (count > 4))
+        ax.spines["left"].set_visible(False)
+    return made
+
+
+@styled
+def softmax_of_softmax(
+    comparison: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    *,
+    title: str | None = "A softmax of a softmax says almost nothing",
+    note: str = "",
+) -> Figure:
+    """Targets side by side, with the uniform distribution and the entropy of each.
+
+    Args:
+        comparison: how they were made (such as "softmax(logits / 4)") to probabilities (classes,).
+    """
+    made = figure(title, note, 2.9)
+    axes = made.subplots(1, len(comparison), squeeze=False, sharey=True)[0]
+    for ax, (name, row) in zip(axes, comparison.items(), strict=True):
+        row = np.asarray(row, float)
+        bars = ax.bar(range(len(names)), row, color=COLORS[0])
+        ax.bar_label(bars, [f"{p:.2f}" for p in row], fontsize=9, padding=1)
+        ax.axhline(1 / len(names), color=FAINT, ls="--", lw=1)
+        entropy = -np.sum(row * np.log2(np.maximum(row, 1e-12)))
+        ax.set_title(f"{name}\nentropy {entropy:.2f} of {np.log2(len(names)):.2f} bits")
+        ax.set_xticks(range(len(names)), names)
+        ax.set_ylim(0, min(1.1, 1.15 * max(np.max(p) for p in comparison.values())))
+    axes[0].set_ylabel("probability")
+    return made
+
+
+@styled
+def error_gallery(
+    images: np.ndarray,
+    truths: Sequence[int],
+    grades: Sequence[int],
+    probabilities: Sequence[float],
+    names: Sequence[str],
+    *,
+    ncols: int = 5,
+    title: str | None = "The worst errors",
+    note: str = "",
+) -> Figure:
+    """Misgraded knees: what the reader said, what the model said and how sure it was (0 to 1)."""
+    rows = zip(truths, grades, probabilities, strict=True)
+    texts = [f"read {names[t]}\nmodel {names[g]} ({p:.0%})" for t, g, p in rows]
+    return gallery(images, texts, ncols=ncols, title=title, note=note)
