@@ -105,7 +105,7 @@ def embedded(path: str | Path, alt: str) -> str:
     if file.tell() > HEAVY:
         kind, file = "jpeg", io.BytesIO()
         smaller = picture.resize(size, Image.Resampling.LANCZOS)
-        smaller.save(file, "jpeg", quality=75, optimize=True)
+        smaller.save(file, "jpeg", quality=70, optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
     return (
         f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(alt)}" '
@@ -164,7 +164,7 @@ def images_per_patient(
     counts = table["patient"].value_counts().value_counts().sort_index()
     made = figure(title, note, 2.4, WIDTH / 2)
     ax = made.subplots()
-    bars = ax.bar(counts.index.astype(str), counts, 0.5, color=COLORS[0])
+    bars = ax.bar(counts.index.astype(str), counts, 0.4, color=COLORS[0])
     ax.bar_label(bars, [f"{n:,}" for n in counts], fontsize=9)
     ax.set(xlabel="images of one patient", ylabel="patients")
     return made
@@ -201,12 +201,12 @@ def learning_curves(
     best = None
     if monitor in history and history[monitor].notna().any():
         best = int(np.nanargmax(history[monitor].to_numpy(float)))
-    made = figure(title, note, 2.7)
+    made = figure(title, note, 2.9)
     for ax, name in zip(made.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for column, text, number in ((name, "train", 0), (f"val_{name}", "val", 1)):
             if column in history:
-                ax.plot(x, history[column], color=COLORS[number], label=text, lw=1.6,
-                        marker=MARKERS[number], ms=3 if len(x) > 12 else 4.5)  # fmt: skip
+                marker = MARKERS[number] if len(x) <= 30 else ""
+                ax.plot(x, history[column], marker=marker, ms=4, color=COLORS[number], label=text)
         for number, (value, first, last) in enumerate(stretches(history[phase]) if phase else []):
             if number % 2:
                 ax.axvspan(x[first] - 0.5, x[last] + 0.5, color="#f0f0f0", lw=0, zorder=0)
@@ -219,7 +219,7 @@ def learning_curves(
         ax.set_title(text, pad=14 if phase else 6)
         ax.set_xlabel("epoch")
         ax.set_xlim(x[0] - 0.5, x[-1] + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         if name == "learning_rate":
             ax.set_yscale("log")
         elif ax.lines:
@@ -228,8 +228,8 @@ def learning_curves(
         made.axes[0].legend(fontsize=9)
     if best is not None:
         value = history[monitor].iloc[best]
-        at = f"dotted: best epoch, {x[best]} ({monitor.replace('_', ' ')} {value:.3f})"
-        made.text(0.995, 1.0, at, ha="right", va="top", fontsize=9, color=FAINT)
+        at = f"dotted: best epoch, {x[best]} ({monitor} {value:.3f})"
+        made.supxlabel(at, fontsize=9, color=FAINT)
     return made
 
 
@@ -309,12 +309,14 @@ def series_overview(
         maps: float (classes, h, w), the teacher's map of each.
         confusion: model to counts (classes, classes), truth down.
     """
-    made = figure(title, note, 3.3, 1.25 * WIDTH)
+    made = figure(title, note, 3.15, 1.25 * WIDTH)
     left, right = made.subfigures(1, 2, width_ratios=[1.1, 0.5 * len(confusion)])
     axes = left.subplots(2, len(names), squeeze=False)
     for column, (image, name) in enumerate(zip(images, names, strict=True)):
         show_image(axes[0, column], image, name)
         show_image(axes[1, column], overlay(image, maps[column]))
+        axes[0, column].set_anchor("S")
+        axes[1, column].set_anchor("N")
     axes[1, 0].set_xlabel("where the teacher looks", loc="left")
     draw_confusion(right, confusion, names, colorbar=False)
     return made

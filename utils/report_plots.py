@@ -25,17 +25,19 @@ def draw_confusion(made, confusion: Mapping[str, np.ndarray], names, *, colorbar
     for number, (ax, (name, counts)) in enumerate(zip(axes, confusion.items(), strict=True)):
         counts = np.asarray(counts)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        texts = np.array(
-            [f"{s:.0%}\n{c}" for s, c in zip(shares.flat, counts.flat, strict=True)]
-        ).reshape(counts.shape)
         sns.heatmap(
-            shares, annot=texts, fmt="", cmap="cividis", vmin=0, vmax=1, square=True, cbar=False,
-            ax=ax, annot_kws={"fontsize": 8}, linewidths=0.5,
+            shares, cmap="cividis", vmin=0, vmax=1, square=True, cbar=False, ax=ax, linewidths=0.5,
             xticklabels=list(names), yticklabels=list(names) if number == 0 else False,
         )  # fmt: skip
-        ax.set(title=name, xlabel="graded")
+        for (row, column), share in np.ndenumerate(shares):
+            text = f"{share:.0%}\n{counts[row, column]:,}" if counts[row, column] else "0"
+            color = "black" if share > 0.55 else "white" if text != "0" else "#8a93ad"
+            ax.text(
+                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color
+            )
+        ax.set(title=name, xlabel="graded as")
         ax.tick_params(length=0, rotation=0)
-    axes[0].set_ylabel("read by the radiologist")
+    axes[0].set_ylabel("true grade")
     if colorbar:
         bar = made.colorbar(axes[-1].collections[0], ax=list(axes), shrink=0.8, pad=0.02)
         bar.set_label("share of the row")
@@ -55,7 +57,8 @@ def confusion_matrices(
     Args:
         confusion: model to int (classes, classes), truth down, graded across.
     """
-    made = figure(title, note, min(4.6, 1.2 + 0.9 * WIDTH / len(confusion)))
+    side = min(3.7, (WIDTH - 1.7) / len(confusion))
+    made = figure(title, note, side + 1.1, len(confusion) * side + 1.7)
     draw_confusion(made, confusion, names)
     return made
 
@@ -73,8 +76,8 @@ def agreement(
     """How often two models give the same grade: int (classes, classes), `rows` down."""
     counts = np.asarray(counts)
     same = np.trace(counts) / max(counts.sum(), 1)
-    title = title or f"{rows} and {columns} agree on {same:.0%} of {counts.sum():,} knees"
-    made = figure(title, note, 4.2, 5.2)
+    title = title or f"{rows} and {columns} agree\non {same:.0%} of {counts.sum():,} knees"
+    made = figure(title, note, 4.5, 5.2)
     draw_confusion(made, {"": counts}, names)
     made.axes[0].set(xlabel=columns, ylabel=rows)
     return made
@@ -87,6 +90,7 @@ def interval_row(ax: Axes, y: float, row, *, color, marker="o", text: str | None
     ax.plot([value], [y], marker=marker, color=color, ms=6)
     if text is None:
         text = f"{value:.3f}" + ("" if np.isnan(low) else f" ({low:.3f} to {high:.3f})")
+    text = text.replace("-", "\N{MINUS SIGN}")
     ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9, color=INK)
 
 
@@ -242,9 +246,10 @@ def reliability(
         top.plot(table["confidence"], table["accuracy"], "-o", color=COLORS[0], ms=5)
         under.bar(table["confidence"], table["count"], 0.05, color=COLORS[0])
         error = f"\nexpected calibration error {errors[name]:.3f}" if errors else ""
-        top.set(title=name + error, xlim=(0, 1), ylim=(0, 1))
+        top.set(title=name + error, xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1])
         top.grid()
         under.set_xlabel("stated probability")
+        under.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x in (0, 0.5, 1) else "")
         under.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     axes[0, 0].set_ylabel("share that is right")
     axes[1, 0].set_ylabel("images")

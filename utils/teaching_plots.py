@@ -58,7 +58,7 @@ def figure(title: str | None, note: str, height: float, width: float = WIDTH) ->
     made = Figure(figsize=(width, height), layout="constrained")
     text = " ".join(part for part in (title, f"({note})" if note else "") if part)
     if text:
-        made.suptitle(text, fontweight="semibold")
+        made.suptitle(text, fontweight="bold")
     return made
 
 
@@ -119,7 +119,7 @@ def gallery(
     rows = -(-len(images) // ncols)
     tile = WIDTH / max(ncols, 4)
     lines = max((text.count("\n") + 1 for text in titles), default=0)
-    made = figure(title, note, rows * (tile + 0.18 * lines) + 0.4, tile * ncols)
+    made = figure(title, note, rows * (tile + 0.18 * lines) + 0.3 * bool(title), tile * ncols)
     axes = made.subplots(rows, ncols, squeeze=False).ravel()
     for ax in axes[len(images) :]:
         ax.set_axis_off()
@@ -203,7 +203,7 @@ def scales_on_image(
     """
     image = pixels(image)
     size = image.shape[0]
-    made = figure(title, note, WIDTH / len(strides) + 0.75)
+    made = figure(title, note, WIDTH / len(strides) + (0.55 if receptive_fields is None else 0.7))
     for number, (ax, stride) in enumerate(
         zip(made.subplots(1, len(strides), squeeze=False)[0], strides, strict=True)
     ):
@@ -244,12 +244,12 @@ def attention_map(
         maps: title to a float map (h, w), stretched over its own range.
     """
     count = len(maps) + 1
-    made = figure(title, note, WIDTH / max(count, 3) + 0.75, WIDTH * count / max(count, 3))
+    made = figure(title, note, WIDTH / max(count, 3) + 0.65, WIDTH * count / max(count, 3))
     axes = made.subplots(1, count, squeeze=False)[0]
     show_image(axes[0], image, "radiograph")
     for ax, (name, heat) in zip(axes[1:], maps.items(), strict=True):
         show_image(ax, overlay(image, heat), name)
-        ax.set_xlabel(f"dark {np.min(heat):.2f}, bright {np.max(heat):.2f}", fontsize=9)
+        ax.set_xlabel(f"{np.min(heat):.2f} (gray) to {np.max(heat):.2f} (yellow)", fontsize=9)
     return made
 
 
@@ -306,12 +306,13 @@ def soft_targets(
     made = figure(title, note, 2.9)
     axes = list(made.subplots(1, count, squeeze=False)[0])
     if image is not None:
+        axes[0].set_anchor("S")
         show_image(axes.pop(0), image, None if truth is None else f"read {names[truth]}")
     colors = [COLORS[1] if k == truth else COLORS[0] for k in range(len(names))]
     for ax, temperature, row in zip(axes, temperatures, probabilities, strict=True):
         bars = ax.bar(range(len(names)), row, color=colors)
         ax.bar_label(bars, [f"{p:.2f}" for p in row], fontsize=8, padding=1)
-        ax.set(title=f"T = {temperature:g}", ylim=(0, 1.08), yticks=[])
+        ax.set(title=f"T = {temperature:g}", ylim=(0, 1.15 * np.max(probabilities)), yticks=[])
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 * (count > 4))
         ax.spines["left"].set_visible(False)
     return made
