@@ -94,7 +94,8 @@ FIGURES = {
     "deletion": (lambda: plots.deletion(MODELS.assign(hidden=["hottest tenth", "random tenth"])), 1,
                  ["teacher: hottest tenth hidden", "student: random tenth hidden"]),
     "reliability": (lambda: plots.reliability(
-        {"a": BINS, "b": BINS}, errors={"a": 0.08, "b": 0.01}), 4, ["expected calibration error 0.080", "images"]),
+        {"a": BINS, "b": BINS}, errors={"a": 0.08, "b": 0.01}), 4,
+        ["expected calibration error 0.080", "images"]),
     "coverage": (lambda: plots.coverage({"student": (np.array([0.5, 1]), np.array([0.9, 0.7]))}), 1,
                  ["student", "accuracy of the graded"]),
     "leak_gaps": (lambda: plots.leak_gaps(pd.DataFrame(
