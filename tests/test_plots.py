@@ -79,7 +79,7 @@ FIGURES = {
     "soft_targets": (lambda: plots.soft_targets(SOFT, [1, 4], NAMES, image=KNEES[0], truth=0), 3,
                      ["T = 1", "T = 4", "0.70", "read KL 0"]),
     "softmax_of_softmax": (lambda: plots.softmax_of_softmax(
-        {"once": SOFT[0], "even": np.full(5, 0.2)}, NAMES), 2, ["entropy 2.32 of 2.32 bits"]),
+        SOFT, np.full((2, 5), 0.2), NAMES), 2, ["entropy 2.32 of 2.32 bits"]),
     "confusion_matrices": (lambda: plots.confusion_matrices(
         {"teacher": COUNTS, "student": COUNTS}, NAMES, note="synthetic"), 3,
         ["teacher", "student", f"{52 / 60:.0%}\n52", "(synthetic)"]),
@@ -219,3 +219,8 @@ def test_show_displays_an_image_with_alternative_text(tmp_path, monkeypatch, nam
         picture.load()
         assert picture.width >= 9 * plots.SHOWN
     assert (tmp_path / "a.png").exists()
+
+
+def test_frozen_map_of_one_table_marks_what_trains():
+    fig = plots.frozen_map(frozen([False, True]))
+    assert {"frozen", "100 train"} <= set(texts(fig))

@@ -189,15 +189,16 @@ def learning_curves(
 
     Args:
         history: one row an epoch, in order; `epoch`, any of `loss`, `accuracy`, `qwk` (each with
-            `val_`) and `learning_rate`; a column `phase` or `step` shades its stretches. Where
-            `epoch` starts anew with every phase, epochs are counted through.
+            `val_`) and `learning_rate`; a column `phase`, `step` or `leg` shades its stretches.
+            Where `epoch` starts anew with every phase, epochs are counted through.
         monitor: the column whose best (greatest) epoch is marked.
     """
     panels = [n for n in ("loss", "accuracy", "qwk") if n in history or f"val_{n}" in history]
     panels += [n for n in ("learning_rate",) if n in history]
     x = history["epoch"].to_numpy()
     x = x if len(set(x)) == len(x) else np.arange(1, len(x) + 1)
-    phase = next((c for c in ("phase", "step") if c in history), None)
+    phase = next((c for c in ("phase", "step", "leg") if c in history), None)
+    legs = stretches(history[phase]) if phase and history[phase].nunique() > 1 else []
     best = None
     if monitor in history and history[monitor].notna().any():
         best = int(np.nanargmax(history[monitor].to_numpy(float)))
@@ -207,7 +208,7 @@ def learning_curves(
             if column in history:
                 marker = MARKERS[number] if len(x) <= 30 else ""
                 ax.plot(x, history[column], marker=marker, ms=4, color=COLORS[number], label=text)
-        for number, (value, first, last) in enumerate(stretches(history[phase]) if phase else []):
+        for number, (value, first, last) in enumerate(legs):
             if number % 2:
                 ax.axvspan(x[first] - 0.5, x[last] + 0.5, color="#f0f0f0", lw=0, zorder=0)
             middle = (x[first] + x[last]) / 2
@@ -216,7 +217,7 @@ def learning_curves(
         if best is not None:
             ax.axvline(x[best], color=INK, lw=0.8, ls=":")
         text = {"qwk": "QWK", "learning_rate": "learning rate"}.get(name, name)
-        ax.set_title(text, pad=14 if phase else 6)
+        ax.set_title(text, pad=14 if legs else 6)
         ax.set_xlabel("epoch")
         ax.set_xlim(x[0] - 0.5, x[-1] + 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
@@ -256,7 +257,7 @@ def schedule(
 
 @styled
 def frozen_map(
-    tables: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, pd.DataFrame] | pd.DataFrame,
     *,
     title: str | None = "What trains in which phase",
     note: str = "",
@@ -265,8 +266,10 @@ def frozen_map(
 
     Args:
         tables: phase to a table with columns `part`, `parameters` (count) and `trainable` (count of
-            those that train, or a truth value), the same parts in the same order in every phase.
+            those that train, or a truth value), the same parts in the same order in every phase;
+            or one such table.
     """
+    tables = {"": tables} if isinstance(tables, pd.DataFrame) else tables
     parts = list(next(iter(tables.values()))["part"])
     share = np.zeros((len(parts), len(tables)))
     counts = np.zeros_like(share)

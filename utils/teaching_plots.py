@@ -320,28 +320,31 @@ def soft_targets(
 
 @styled
 def softmax_of_softmax(
-    comparison: Mapping[str, np.ndarray],
+    right: np.ndarray,
+    wrong: np.ndarray,
     names: Sequence[str],
     *,
-    title: str | None = "A softmax of a softmax says almost nothing",
+    title: str | None = "A softmax of a softmax says the same about every knee",
     note: str = "",
 ) -> Figure:
-    """Targets side by side, with the uniform distribution and the entropy of each.
+    """Soft targets from logits, and from probabilities taken for logits; a line is a knee (20 drawn).
 
     Args:
-        comparison: how they were made (such as "softmax(logits / 4)") to probabilities (classes,).
+        right: softmax(logits / T), float (n, classes) or (classes,), rows sum to one.
+        wrong: softmax(softmax(logits) / T), the same shape.
     """
-    made = figure(title, note, 2.9)
-    axes = made.subplots(1, len(comparison), squeeze=False, sharey=True)[0]
-    for ax, (name, row) in zip(axes, comparison.items(), strict=True):
-        row = np.asarray(row, float)
-        bars = ax.bar(range(len(names)), row, color=COLORS[0])
-        ax.bar_label(bars, [f"{p:.2f}" for p in row], fontsize=9, padding=1)
+    made = figure(title, note, 3.3)
+    panels = {"softmax(logits / T)": right, "softmax(softmax(logits) / T)": wrong}
+    axes = made.subplots(1, 2, sharey=True)
+    for ax, (name, rows) in zip(axes, panels.items(), strict=True):
+        rows = np.atleast_2d(np.asarray(rows, float))
         ax.axhline(1 / len(names), color=FAINT, ls="--", lw=1)
-        entropy = -np.sum(row * np.log2(np.maximum(row, 1e-12)))
+        ax.plot(rows[:20].T, "-o", color=COLORS[0], lw=1, ms=3, alpha=0.4)
+        entropy = -np.sum(rows * np.log2(np.maximum(rows, 1e-12)), axis=1).mean()
         ax.set_title(f"{name}\nentropy {entropy:.2f} of {np.log2(len(names)):.2f} bits")
         ax.set_xticks(range(len(names)), names)
-        ax.set_ylim(0, min(1.1, 1.15 * max(np.max(p) for p in comparison.values())))
+        ax.set_ylim(0, 1.05 * max(np.max(right), np.max(wrong)))
+    made.supxlabel("dashed: all classes alike, nothing known", fontsize=9, color=FAINT)
     axes[0].set_ylabel("probability")
     return made
 
