@@ -103,8 +103,8 @@ FIGURES = {
          "gap": [np.nan, 0.2], "gap_low": [np.nan, 0.1], "gap_high": [np.nan, 0.3]})), 2,
         ["honest", "+20.0 (+10.0 to +30.0)"]),
     "exports": (lambda: plots.exports(pd.DataFrame(
-        {"name": ["float32", "8-bit"], "bytes": [5.2e6, 1.49e6], "accuracy": [0.66, 0.655],
-         "ms": [2.0, np.nan]})), 3, ["1.49", "not measured", "MB (dashed: 1.5)"]),
+        {"name": ["float32", "8-bit"], "bytes": [5.2e6, 1.49e6], "accuracy": [0.66, None],
+         "ms": [2.0, None]})), 3, ["1.49", "not measured", "MB (dashed: 1.5)"]),
     "target_bar": (lambda: plots.target_bar(MODELS.rename(columns={"model": "name"}), 0.7), 1,
                    ["met: 0.71, 0.69 to 0.73", "not met: 0.66, 0.63 to 0.69", "70%"]),
     "ratios": (lambda: plots.ratios(pd.DataFrame(
@@ -123,7 +123,7 @@ def texts(fig: Figure) -> list[str]:
 
 
 def test_every_public_figure_is_tested():
-    assert set(FIGURES) == set(plots.__all__) - {"save", "show"}
+    assert set(FIGURES) == set(plots.__all__) - {"save", "show", "tabulate"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -224,3 +224,20 @@ def test_show_displays_an_image_with_alternative_text(tmp_path, monkeypatch, nam
 def test_frozen_map_of_one_table_marks_what_trains():
     fig = plots.frozen_map(frozen([False, True]))
     assert {"frozen", "100 train"} <= set(texts(fig))
+
+
+def test_tabulate_takes_figures_as_the_report_keeps_them():
+    teacher = {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8], "recall": [0.9, None],
+               "recall_ci95": [[0.8, 1.0], None], "support": [8, 0],
+               "binary": {"sensitivity": 0.5, "sensitivity_ci95": [None, None]}}  # fmt: skip
+    summaries = {"teacher": teacher, "student": {"accuracy": 0.6, "accuracy_ci95": [0.5, 0.7]}}
+    table = plots.tabulate(summaries, {"accuracy": "right", "sensitivity": "found"})
+    assert list(table["metric"]) == ["right", "found", "right"]
+    assert table.iloc[0].tolist() == ["teacher", "right", 0.7, 0.6, 0.8]
+    plots.metric_intervals(table)
+    recall = plots.tabulate({"teacher": teacher}, {"recall": "recall"}, ["KL 0", "KL 1"])
+    assert recall["count"].tolist() == [8, 0]
+    assert recall["value"].isna().tolist() == [False, True]
+    plots.recall_intervals(recall)
+    with pytest.raises(ValueError):
+        plots.tabulate({"teacher": teacher}, {"recall": "recall"}, ["KL 0"])

@@ -64,7 +64,8 @@ __all__ = [
     "contact_sheet", "coverage", "deletion", "differences", "error_gallery", "explanation_page",
     "exports", "frozen_map", "gallery", "images_per_patient", "leak_gaps", "learning_curves",
     "metric_intervals", "ratios", "recall_intervals", "reliability", "save", "scales_on_image",
-    "schedule", "series_overview", "show", "soft_targets", "softmax_of_softmax", "target_bar",
+    "schedule", "series_overview", "show", "soft_targets", "softmax_of_softmax", "tabulate",
+    "target_bar",
 ]  # fmt: skip
 
 DOTS = 120  # dots an inch of the files
@@ -119,6 +120,36 @@ def show(fig: Figure, path: str | Path, alt: str) -> None:
 
     alt = " ".join(alt.split())
     display(HTML(embedded(save(fig, path, alt), alt)))
+
+
+def tabulate(
+    summaries: Mapping[str, Mapping], shown: Mapping[str, str], names: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Models' figures, as report.json keeps them, as a table for `metric_intervals` and its kin.
+
+    Args:
+        summaries: model to its figures, each with its `_ci95` as [low, high]; `binary` is looked
+            into as well.
+        shown: figure's key to the name it is shown under; keys that a model lacks are left out.
+        names: class names, for figures that are lists, one entry a class.
+
+    Returns:
+        Columns model, metric, value, low, high; with `names` also class and count (of images).
+    """
+    rows = []
+    for model, summary in summaries.items():
+        summary = {**summary, **summary.get("binary", {})}
+        for key, metric in shown.items():
+            values, ends = summary.get(key), summary.get(f"{key}_ci95")
+            if values is None:
+                continue
+            classes = zip(names, values, ends, summary["support"], strict=True) if names else ()
+            for name, value, end, count in classes or [(None, values, ends, None)]:
+                rows.append([model, metric, value, *(end or (None, None)), name, count])
+    columns = ["model", "metric", "value", "low", "high", "class", "count"]
+    table = pd.DataFrame(rows, columns=columns if rows else None)
+    table = table.reindex(columns=columns if names else columns[:5])
+    return table.astype(dict.fromkeys(["value", "low", "high"], float))
 
 
 @styled
@@ -243,14 +274,15 @@ def schedule(
     title: str | None = "Learning rate",
     note: str = "",
 ) -> Figure:
-    """The learning rate at every step, over epochs; the warm-up is shaded."""
+    """The learning rate at every step, over epochs (steps if an epoch's are not given)."""
     made = figure(title, note, 2.4)
     ax = made.subplots()
     ax.plot(np.arange(len(values)) / steps_per_epoch, values, color=COLORS[0])
     if warmup_epochs:
         ax.axvspan(0, warmup_epochs, color="#f0f0f0")
         ax.text(warmup_epochs / 2, 0, "warm-up", ha="center", va="bottom", color=FAINT, fontsize=9)
-    ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None), xlim=(0, None))
+    unit = "epoch" if steps_per_epoch > 1 else "step"
+    ax.set(xlabel=unit, ylabel="learning rate", ylim=(0, None), xlim=(0, None))
     ax.grid(axis="y")
     return made
 

@@ -325,12 +325,13 @@ def exports(
     """Exported files, a row each: megabytes, accuracy, milliseconds an image.
 
     Args:
-        table: columns `name`, `bytes`, `accuracy`, `ms`; any may be NaN.
+        table: columns `name`, `bytes`, `accuracy`, `ms`; any may be None or NaN.
         limit: size aimed at, in MB (10^6 bytes).
     """
     made = figure(title, note, 1.1 + 0.36 * len(table))
     axes = made.subplots(1, 3, sharey=True)
     places = np.arange(len(table))
+    table = table.assign(**table[["bytes", "accuracy", "ms"]].apply(pd.to_numeric))
     megabytes = table["bytes"] / 1e6
     parts = (
         (megabytes, "MB", "{:.2f}"),

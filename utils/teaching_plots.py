@@ -327,7 +327,7 @@ def softmax_of_softmax(
     title: str | None = "A softmax of a softmax says the same about every knee",
     note: str = "",
 ) -> Figure:
-    """Soft targets from logits, and from probabilities taken for logits; a line is a knee (20 drawn).
+    """Soft targets from logits, and from probabilities taken for logits; 20 knees, a line each.
 
     Args:
         right: softmax(logits / T), float (n, classes) or (classes,), rows sum to one.
