@@ -17,7 +17,7 @@ import pandas as pd
 
 from utils import folders, runs
 
-SPLITS = ("train", "val", "test")
+SPLITS = folders.SPLITS
 MAX_UNREADABLE = 0.01
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from utils import runs
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = ("train", "val", "test")
 NEVER_POOLED = "auto_test"  # in the public knee data: the test patients again, in another crop
 EXTENSIONS = {".png", ".jpg", ".jpeg"}
 PATIENT = re.compile(r"(\d+)[LR](?![0-9A-Za-z])")  # 9001695L.png: the left knee of 9001695
@@ -61,7 +62,9 @@ def _candidates(root: Path, synthetic_too: bool, depth: int = 6):
                 continue  # phantoms in an attached notebook's output are no find
             if any(c.name.lower() == "train" and _class_folders(c) for c in children):
                 split.append(folder)
-            elif len(_class_folders(folder)) > 1 and folder.name.lower() not in SPLIT_NAMES:
+            elif len(_class_folders(folder)) > 1 and (
+                folder == root or folder.name.lower() not in SPLIT_NAMES
+            ):
                 flat.append(folder)
             else:
                 below += children
@@ -87,42 +90,26 @@ def _class_folders(folder: Path) -> list[Path]:
 def scan(folder: Path) -> tuple[pd.DataFrame, dict]:
     """List the images of a dataset without opening them.
 
-    Returns (table, found). table has a row per image, in the order of the names: image (path
+    Returns (table, found). table has a row per image, in the order of split and name: image (path
     relative to folder), split ("train", "val" or "test"), class, grade (index of the class),
     patient. found: class_names, names_shown ("KL 0" for "0" where all are 0 to 4), patient_rule
     (share of the names that tell the patient; the others count as a patient each), notes.
     ValueError for fewer than two classes, a class that train lacks, or a split that stands twice.
     """
-    folder, notes = Path(folder), []
-    splits, ignored = {}, []
-    for child in _subfolders(folder):
-        name = SPLIT_NAMES.get(child.name.lower())
-        if name is None:
-            ignored.append(child.name)
-        elif name in splits:
-            raise ValueError(f"{folder}: {splits[name].name} and {child.name} both name {name}")
-        else:
-            splits[name] = child
-    if not splits:  # class/image: all of it is train until val and test are carved out
-        splits, ignored = {"train": folder}, []
-        notes.append("no split folders: all images count as train")
-    if "train" not in splits:
-        raise ValueError(f"{folder} has no train folder, only {sorted(splits)}")
-    if NEVER_POOLED in [name.lower() for name in ignored]:
-        notes.append(f"{NEVER_POOLED} is left out: it repeats the test patients in another crop")
-    if others := [name for name in ignored if name.lower() != NEVER_POOLED]:
-        notes.append(f"folders left out, as they name no split: {some(others)}")
-
+    folder = Path(folder)
+    splits, notes = _split_folders(folder)
     rows = []
-    for split, split_folder in splits.items():
-        for class_folder in _subfolders(split_folder):
+    for split in sorted(splits, key=SPLITS.index):
+        for class_folder in _subfolders(splits[split]):
             for path in sorted(class_folder.iterdir()):
                 if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
                     relative = path.relative_to(folder)
                     rows.append((relative.as_posix(), split, class_folder.name))
     table = pd.DataFrame(rows, columns=["image", "split", "class"])
-    named = {c.name for s in splits.values() for c in _subfolders(s)}
-    class_names = sorted(named | set(table["class"]), key=_natural)
+    named = set(table["class"])
+    if folder not in splits.values():  # a class folder without images is a class that lacks them
+        named |= {c.name for split_folder in splits.values() for c in _subfolders(split_folder)}
+    class_names = sorted(named, key=_natural)
     check_classes(table, class_names, set(splits))
     table["grade"] = table["class"].map({name: i for i, name in enumerate(class_names)})
     matches = [PATIENT.match(Path(image).name) for image in table["image"]]
@@ -143,6 +130,28 @@ def scan(folder: Path) -> tuple[pd.DataFrame, dict]:
         "notes": notes,
     }
     return table, found
+
+
+def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """({"train": its folder, ...}, notes on the folders that are left out)."""
+    splits, ignored, notes = {}, [], []
+    for child in _subfolders(folder):
+        name = SPLIT_NAMES.get(child.name.lower())
+        if name is None:
+            ignored.append(child.name)
+        elif name in splits:
+            raise ValueError(f"{folder}: {splits[name].name} and {child.name} both name {name}")
+        else:
+            splits[name] = child
+    if not splits:  # class/image: all of it is train until val and test are carved out
+        return {"train": folder}, ["no split folders: all images count as train"]
+    if "train" not in splits:
+        raise ValueError(f"{folder} has no train folder, only {sorted(splits)}")
+    if NEVER_POOLED in [name.lower() for name in ignored]:
+        notes.append(f"{NEVER_POOLED} is left out: it repeats the test patients in another crop")
+    if others := [name for name in ignored if name.lower() != NEVER_POOLED]:
+        notes.append(f"folders left out, as they name no split: {some(others)}")
+    return splits, notes
 
 
 def shown_names(class_names: list[str]) -> list[str]:

@@ -56,7 +56,7 @@ def augment(images, parameters):
     """Apply one row of `view_parameters` to each image.
 
     images: uint8 or float (B, S, S, 1), 0 to 255; parameters: float32 (B, 12).
-    Returns float32 (B, S, S, 1), 0 to 255. What turns in from outside repeats the border.
+    Returns float32 (B, S, S, 1), 0 to 255. What comes in from outside repeats the border.
     """
     size = images.shape[1]
     centre = (size - 1) / 2
