@@ -94,7 +94,7 @@ def teacher_views(
     image_size: int,
     count: int,
     batch_size: int,
-) -> ViewStore | None:
+) -> ViewStore:
     """Let the teacher look at `count` views of every training image, or find that it has.
 
     Views already stored are kept, so a killed pass goes on and a later student with more views only
@@ -110,7 +110,7 @@ def teacher_views(
         batch_size: images per forward pass.
 
     Returns:
-        The store, or None when the time limit came first: run again to go on.
+        The store. When the time limit came first the stage is paused: run again to go on.
 
     Raises:
         runs.StageError: when the stored logits are not this teacher's.
@@ -123,6 +123,11 @@ def teacher_views(
     missing = [v for v in range(count) if read_view(store.path(v), store.images) is None]
     if len(missing) < count:
         print(f"{count - len(missing)} of {count} views are stored already in {store.folder}.")
+    held_out = views.evaluation_batches(dataset.pixels("val", image_size), batch_size=batch_size)
+    logits = teacher.predict(held_out, verbose=0).astype("float32")
+    runs.write_atomic(
+        store.folder / "validation.npy", lambda temporary: save_array(temporary, logits)
+    )
     pixels = dataset.pixels("train", image_size)
     slowest = 0.0
     for view in tqdm(missing, desc="teacher views", unit="view", disable=runs.batch_mode()):
@@ -136,9 +141,6 @@ def teacher_views(
         runs.write_atomic(store.path(view), lambda temporary, x=logits: save_array(temporary, x))
         slowest = max(slowest, time.time() - began)
     check_sample(store, teacher, pixels, dataset, batch_size)
-    held_out = views.evaluation_batches(dataset.pixels("val", image_size), batch_size=batch_size)
-    logits = teacher.predict(held_out, verbose=0).astype("float32")
-    runs.write_atomic(store.folder / "validation.npy", lambda path: save_array(path, logits))
     return store
 
 
@@ -186,3 +188,9 @@ def soften(logits: np.ndarray, temperature: float) -> np.ndarray:
     scaled = np.asarray(logits, "float64") / temperature
     scaled = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     return scaled / scaled.sum(axis=-1, keepdims=True)
+
+
+def least_sure(logits: np.ndarray) -> int:
+    """Index of the image whose two largest logits (n, K) lie closest together."""
+    ordered = np.sort(logits, axis=1)
+    return int(np.argmin(ordered[:, -1] - ordered[:, -2]))

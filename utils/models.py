@@ -265,10 +265,13 @@ def set_trainable(
         raise ValueError(
             f"part={part!r} must be head, tail or all, and unfreeze={unfreeze} from 0 to 1."
         )
-    model.trainable = True  # reaches every layer inside
+    body = model.get_layer("backbone")
+    # One by one: TensorFlow skips an assignment that changes nothing, so that setting a model's
+    # flag to the True that it already has does not reach the layers inside.
+    for layer in (model, *model.layers, *body.layers):
+        layer.trainable = True
     if not pretrained:
         return
-    body = model.get_layer("backbone")
     start = {"head": len(body.layers), "tail": _tail_start(body, unfreeze), "all": 0}[part]
     for layer in body.layers[:start]:
         layer.trainable = False

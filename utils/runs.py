@@ -242,6 +242,7 @@ class Stage:
     deadline: float
     planned: dict
     opened: float = field(default_factory=time.time)
+    paused: bool = False
 
     @property
     def folder(self) -> Path:
@@ -292,7 +293,7 @@ class Stage:
         """Leave the stage unfinished, to go on in a later session."""
         seconds = self.saved["seconds"] + time.time() - self.opened
         self.write(stopped=reason, seconds=round(seconds, 1))
-        self.opened = time.time()
+        self.opened, self.paused = time.time(), True
         print(f"{self.notebook} stopped: {reason} Run it again to go on.")
 
 

@@ -142,14 +142,18 @@ def resolve_jit(jit_compile: bool | str, replicas: int) -> bool | str:
     return False
 
 
-def make_optimizer(leg: Leg, steps: int) -> keras.optimizers.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) for one leg of `steps` steps an epoch."""
+def make_schedule(leg: Leg, steps: int) -> WarmUpCosine:
+    """The learning rate of a leg of `steps` batches an epoch."""
     updates = max(1, steps // leg.accumulation)
     warmup = min(leg.warmup_epochs, leg.epochs / 2) * updates
-    schedule = WarmUpCosine(leg.learning_rate, leg.epochs * updates, int(warmup), leg.restarts)
+    return WarmUpCosine(leg.learning_rate, leg.epochs * updates, int(warmup), leg.restarts)
+
+
+def make_optimizer(leg: Leg, steps: int) -> keras.optimizers.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) for one leg of `steps` batches an epoch."""
     accumulation = leg.accumulation if leg.accumulation > 1 else None
     optimizer = keras.optimizers.AdamW(
-        schedule,
+        make_schedule(leg, steps),
         weight_decay=leg.weight_decay,
         global_clipnorm=1.0,
         gradient_accumulation_steps=accumulation,
@@ -194,13 +198,14 @@ class Keeper(keras.callbacks.Callback):
         self.began_at, self.out_of_time = progress.epoch, False
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.began = time.time()
+        self.began, self.batches = time.time(), 0
 
     def on_train_batch_end(self, batch, logs=None):
+        self.batches += 1  # Keras's own number is the first of a step, or the last, by version
         loss = float(logs["loss"])
         if not np.isfinite(loss):
             raise LossNotFinite(
-                f"The loss is {loss} in epoch {self.progress.epoch + 1}, batch {batch + 1}."
+                f"The loss is {loss} in epoch {self.progress.epoch + 1}, batch {self.batches}."
             )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -311,7 +316,7 @@ def train(
     if progress.epoch:
         print(f"{name} goes on after epoch {progress.epoch}.")
         checkpoints.assign(model.variables, groups["model"], "model")
-    best, out_of_time = groups.get("best", start), False
+    best, out_of_time = list(groups.get("best", start)), stage.paused
     synchronize_head(model, replicas > 1)
     first = 0
     for leg in recipe.legs:
@@ -325,6 +330,8 @@ def train(
     history = pd.DataFrame(progress.history)
     if len(history):
         runs.write_atomic(csv, lambda temporary: history.to_csv(temporary, index=False))
+    if stage.paused:
+        return Training(history, False, progress.best_epoch, [])
     if out_of_time:
         stage.pause(f"{name}: {progress.epoch} of {first} epochs fitted into the time limit.")
         return Training(history, False, progress.best_epoch, [])
@@ -398,3 +405,9 @@ def collapsed(model, validation, best_qwk: float) -> bool:
         return False
     predicted = model.predict(validation, verbose=0).argmax(axis=1)
     return bool(np.bincount(predicted).max() > COLLAPSED_SHARE * len(predicted))
+
+
+def rates(leg: Leg, steps: int) -> np.ndarray:
+    """The learning rate at every update of a leg of `steps` batches an epoch: float (updates,)."""
+    schedule = make_schedule(leg, steps)
+    return keras.ops.convert_to_numpy(schedule(np.arange(schedule.steps)))
