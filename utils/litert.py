@@ -1,13 +1,14 @@
 """Run LiteRT files, and the small JSON that travels beside a model. Needs no TensorFlow.
 
 A model's sidecar is `<name>.json` next to `<name>.keras` or `<name>.tflite`:
-{"class_names": [...], "image_size": S, "temperature": T, "refer_below": p}. A LiteRT file has the
-temperature and the softmax inside, so its sidecar says 1.
+{"class_names": [...], "image_size": S, "temperature": T, "refer_below": p, "decision": "argmax",
+"thresholds": [...]}. A LiteRT file has the temperature and the softmax inside: its sidecar says 1.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from utils import runs
 
 REFER_BELOW = 0.5  # without a figure from val: less sure than heads or tails goes to a person
+SIDECAR = {"class_names", "image_size", "temperature", "refer_below", "decision", "thresholds"}
 PLAIN = "BUILTIN_WITHOUT_DEFAULT_DELEGATES"
 
 
@@ -25,20 +27,21 @@ def write_sidecar(
     image_size: int,
     temperature: float = 1.0,
     refer_below: float = REFER_BELOW,
-    **more,
+    decision: str = "argmax",
+    thresholds: Sequence[float] = (),
 ) -> Path:
     """Write what a model file itself cannot say: names, input side, calibration, when to refer.
 
-    temperature: of Guo et al. 2017, fitted on val; probabilities are softmax(logits / temperature).
-    refer_below: 0 to 1; an image whose likeliest grade is less probable goes to a person.
-    more: further plain values, kept as they are.
+    temperature, refer_below, thresholds: as in `calibration.Calibration`, fitted on val for one
+    view of an image, which is what a file is asked. decision: "argmax" or "qwk".
     """
     content = {
         "class_names": list(class_names),
         "image_size": int(image_size),
         "temperature": float(temperature),
         "refer_below": float(refer_below),
-        **more,
+        "decision": decision,
+        "thresholds": [float(cut) for cut in thresholds],
     }
     return runs.write_json(Path(model_path).with_suffix(".json"), content)
 
@@ -54,7 +57,7 @@ def read_sidecar(model_path: str | Path) -> dict | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"class_names", "image_size", "temperature", "refer_below"} - set(content)
+        missing = SIDECAR - set(content)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): export the model again") from error
     if missing:
@@ -109,3 +112,20 @@ def predict(interpreter, pixels: np.ndarray) -> np.ndarray:
         interpreter.invoke()
         out[row] = interpreter.get_tensor(answer["index"])[0]
     return out
+
+
+def shapes(interpreter) -> tuple[int, int]:
+    """Image side S and number of classes K of an opened file.
+
+    Raises:
+        ValueError: it does not take uint8 (1, S, S, 1) and give float32 (1, K).
+    """
+    feed, answer = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    size, classes = int(feed["shape"][1]), int(answer["shape"][-1])
+    fits = tuple(feed["shape"]) == (1, size, size, 1) and feed["dtype"] == np.uint8
+    if not fits or answer["dtype"] != np.float32 or len(answer["shape"]) != 2:
+        raise ValueError(
+            f"The LiteRT file takes {feed['dtype'].__name__} {feed['shape'].tolist()}: "
+            "uint8 (1, S, S, 1) is needed, as notebook 06 exports it."
+        )
+    return size, classes
