@@ -18,6 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from utils import litert, metrics, runs
+from utils.model_card import model_card
+
+__all__ = ["FORMATS", "SMALL", "best_small", "export", "milliseconds", "model_card", "table"]
 
 # name: what it is. The order is the table's.
 FORMATS = {
