@@ -72,7 +72,7 @@ def build_teacher(
     with precision_policy(precision), _seeded(seed):
         base = _backbone(backbone, image_size, weights)
         taps = [_last_layer_at(base, image_size // stride).output for stride in STRIDES]
-        body = keras.Model(base.inputs, [*taps, base.output], name="backbone")
+        body = keras.Model(base.input, [*taps, base.output], name="backbone")
         image, x = _from_gray(image_size)
         x = layers.fuse_scales(body(x))
         x = layers.CBAM(name="attention")(x)
@@ -91,7 +91,7 @@ def build_student(
     """Backbone, CBAM, head (384, 192). Arguments and errors as for `build_teacher`."""
     with precision_policy(precision), _seeded(seed):
         base = _backbone(backbone, image_size, weights)
-        body = keras.Model(base.inputs, base.output, name="backbone")
+        body = keras.Model(base.input, base.output, name="backbone")
         image, x = _from_gray(image_size)
         x = layers.CBAM(name="attention")(body(x))
         return _with_head(image, x, (384, 192), classes, dropout, seed, name="student")
@@ -327,7 +327,7 @@ def describe(model: keras.Model) -> dict[str, int]:
 
 def save(model: keras.Model, path: str | os.PathLike) -> Path:
     """Write a `.keras` file without optimizer, under a temporary name first; return its path."""
-    bare = keras.Model(model.inputs, model.outputs, name=model.name)  # same layers, not compiled
+    bare = keras.Model(model.input, model.output, name=model.name)  # same layers, not compiled
     return runs.write_atomic(Path(path), bare.save)
 
 
