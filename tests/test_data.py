@@ -52,9 +52,9 @@ def audit(folder, size=32, val=0.2, test=0.2, seed=0):
 
 
 def store(folder, target, **changes):
-    facts, images, found, report = audit(folder)
+    facts, images, found, _ = audit(folder)
     settings = {"seed": 7, "augmentation": {"flip": True}, "balance": "none"} | changes
-    data.save(target, facts, images, report, source=folder, found=found, **settings)
+    data.save(target, facts, images, source=folder, found=found, **settings)
     return data.load(target)
 
 
@@ -82,6 +82,8 @@ def test_phantoms_in_an_attached_output_are_no_find(knees, tmp_path, monkeypatch
     monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path))
     assert folders.find_dataset("") is None
     assert folders.find_dataset(knees) == knees
+    with pytest.raises(FileNotFoundError, match="searched 2 folders"):
+        folders.find_dataset(tmp_path)  # the mount itself, named: someone wants real images
 
 
 def test_nothing_found_lists_what_was_searched(tmp_path):

@@ -1,7 +1,7 @@
 """Split, audit, store and load a dataset. No TensorFlow here.
 
 Notebook 01 calls, in this order, `folders.find_dataset`, `folders.scan`, `folders.decode`, then
-`leave_out`, `complete_splits`, `audit`, `save` and `check_leaks`; the later notebooks only `load`.
+`leave_out`, `complete_splits`, `audit`, `check_leaks` and `save`; the later notebooks only `load`.
 """
 
 import hashlib
@@ -49,7 +49,8 @@ def complete_splits(
     """Carve a val or test that is missing out of train, by patient and stratified by class.
 
     facts: from `decode`; patients who share an image stay together. Fractions are of train as it
-    came. Returns (facts with the new splits, notes). ValueError if a fraction is not in (0, 0.5].
+    came. Returns (facts in the order train, val, test; notes). ValueError if a fraction that is
+    needed is not in (0, 0.5].
     """
     facts, notes = facts.copy(), []
     whole = (facts["split"] == "train").sum()
@@ -66,7 +67,8 @@ def complete_splits(
             f"{split} was missing: {len(chosen)} of {whole} train images of "
             f"{facts.loc[chosen, 'patient'].nunique()} patients were carved out, stratified"
         )
-    return facts, notes
+    order = facts["split"].map(SPLITS.index)
+    return facts.loc[order.sort_values(kind="stable").index], notes
 
 
 def _fold(train: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
@@ -268,7 +270,6 @@ def save(
     folder: Path,
     facts: pd.DataFrame,
     images: np.ndarray,
-    report: Mapping,
     *,
     source: Path,
     found: Mapping,
@@ -276,15 +277,15 @@ def save(
     augmentation: Mapping,
     balance: str,
 ) -> None:
-    """Write manifest.csv, images.npy, audit.json and, last, dataset.json into `folder`.
+    """Write manifest.csv, images.npy and, last, dataset.json into `folder`.
 
-    facts, images, report, found: as for and from `audit`; source: the folder they came from.
+    facts, images, found: as for `audit`; source: the folder that they came from.
     """
     folder = Path(folder)
     columns = ["image", "split", "grade", "class", "patient", "width", "height"]
     manifest = facts[columns].to_csv(index=False, lineterminator="\n")
-    whole = len(facts) == len(images)
-    kept = images if whole else images[facts.index.to_numpy()]
+    rows = facts.index.to_numpy()
+    kept = images if np.array_equal(rows, np.arange(len(images))) else images[rows]
 
     def write_images(path):
         with Path(path).open("wb") as file:
@@ -294,7 +295,6 @@ def save(
         folder / "manifest.csv", lambda path: Path(path).write_text(manifest, "utf-8")
     )
     runs.write_atomic(folder / "images.npy", write_images)
-    runs.write_json(folder / "audit.json", report)
     label = Path(source) / folders.SYNTHETIC
     about = runs.read_json(label) if label.exists() else {}
     digest = hashlib.sha256(manifest.encode())

@@ -28,12 +28,12 @@ def find_dataset(data_dir: str | Path = "") -> Path | None:
     layouts, or None where there is none. FileNotFoundError lists what was searched under a given
     data_dir; ValueError lists the candidates if there are several.
     """
-    root = Path(data_dir) if data_dir else runs.kaggle_input()
+    root, mount = Path(data_dir or runs.kaggle_input()), runs.kaggle_input()
     if not root.is_dir():
         if not data_dir:
             return None
         raise FileNotFoundError(f"DATA_DIR: no folder {root.absolute()}")
-    split, flat, searched = _candidates(root, synthetic_too=bool(data_dir))
+    split, flat, searched = _candidates(root, synthetic_too=root != mount)
     found = split or flat
     if len(found) == 1 or root in found:
         return root if root in found else found[0]
