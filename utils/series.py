@@ -113,11 +113,18 @@ def run(
     values = gather(profile, data, out, given, root)
     run_dir = root / values["RUN_DIR"]
     if runs.on_kaggle():
+        from utils import preflight
+
         runs.take_up(run_dir)
+        defaults = {
+            n: p.default for own in parameters.declared(root).values() for n, p in own.items()
+        }
+        preflight.check(notebooks, defaults | values, run_dir)
     print(f"{len(notebooks)} notebooks into {run_dir}, profile {Path(profile).stem}.")
     if fresh:
         set_aside(run_dir, notebooks)
-    with kernel_environment(), tqdm(total=len(notebooks), unit="notebook", disable=None) as bar:
+    form = "{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"
+    with kernel_environment(), tqdm(total=len(notebooks), bar_format=form, disable=None) as bar:
         for notebook in notebooks:
             bar.set_description(notebook)
             begun = time.time()
@@ -186,7 +193,8 @@ def kernel_environment() -> Iterator[None]:
     # What the caller's own notebook set would reach ours: its plotting backend, its live bars.
     for name in ("MPLBACKEND", "JPY_SESSION_NAME"):
         os.environ.pop(name, None)
-    os.environ.setdefault("SERIES_STARTED", str(time.time()))
+    started = runs.started() if runs.on_kaggle() else time.time()
+    os.environ.setdefault("SERIES_STARTED", str(started))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     try:
@@ -298,12 +306,13 @@ def failure(notebook: str, failed: Path, error: Exception) -> str:
         )
     trace = ANSI.sub("", "\n".join(error.traceback)).splitlines()
     frames = [line for line in trace if re.match(r"(File |Cell In|\S+\.py:\d+|\S+\.py in )", line)]
+    ours = [line for line in frames if "site-packages" not in line]
     source = error.source.strip().splitlines()
     message = ANSI.sub("", f"{error.ename}: {error.evalue}").splitlines()
     lines = [
         f"{notebook} failed in cell In [{error.exec_count}]:",
         *(f"    {line}" for line in source[:6] + ["…"] * (len(source) > 6)),
-        *(f"  {line}" for line in frames[-3:]),
+        *(f"  {line}" for line in ours[-3:] or frames[-1:]),
         *message[:11],
         *(["…"] if len(message) > 11 else []),
         f"The notebook as far as it came: {failed}",
