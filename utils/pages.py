@@ -170,12 +170,13 @@ def target(goal: Mapping, models: Mapping) -> str:
     """Whether the target was met, each model's figure beside it; nothing where it is not judged."""
     words = {True: "met", False: "not met"}
     said = [
-        f"{who}: {words[goal[f'{who}_met']]}, {number(model.get('accuracy'))}"
+        f"{who} {words[goal[f'{who}_met']]}: "
+        + number(model.get("accuracy"), model.get("accuracy_ci95"))
         for who, model in models.items()
         if goal.get(f"{who}_met") in (True, False)
     ]
     return (
-        f"<p>Target, an accuracy of {goal['accuracy']:.0%}. {'; '.join(said)}.</p>" if said else ""
+        f"<p>Target, an accuracy of {goal['accuracy']:.0%}: {'; '.join(said)}.</p>" if said else ""
     )
 
 

@@ -318,7 +318,7 @@ def frozen_map(
         text = "frozen" if part == 0 else f"{part * counts[row, column]:,.0f} train"
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9,
                 color="white" if part > 0.6 else INK)  # fmt: skip
-    ax.set_xticks(np.arange(len(tables)) + 0.5, tables)
+    ax.set_xticks(np.arange(len(tables)) + 0.5, list(tables))
     ax.set_yticks(np.arange(len(parts)) + 0.5, parts)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
