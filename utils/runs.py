@@ -125,7 +125,7 @@ def read_stage(run: Path, notebook: str) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, why: str = "was made with other settings") -> Path:
     """Rename a folder to `<name>.<time>`, say so, and return the new path: nothing is deleted."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     aside = folder.with_name(f"{folder.name}.{stamp}")
@@ -138,7 +138,7 @@ def set_aside(folder: Path) -> Path:
         if (aside / name).exists():
             folder.mkdir(exist_ok=True)
             shutil.copy2(aside / name, folder / name)
-    print(f"{folder} was made with other settings: kept as {aside.name}.")
+    print(f"{folder} {why}: kept as {aside.name}.")
     return aside
 
 
@@ -309,13 +309,17 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
 
     Raises:
         parameters.ParameterError: a parameter that no notebook owns, or a bad value.
-        StageError: an earlier stage is missing, unfinished, or newer than what builds on it.
+        StageError: an earlier stage is missing, unfinished, or newer than what builds on it; on
+            Kaggle also a missing GPU, attachment or the like.
     """
     values = {n: v for n, v in namespace.items() if n.isupper() and not n.startswith("_")}
     parameters.check(values)
     run = run_folder(values["RUN_DIR"])
     if on_kaggle():
+        from utils import preflight
+
         take_up(run)
+        preflight.check([notebook], values, run)
     settings = earlier_settings(run, notebook) | own_parameters(notebook, values)
     shared = {n: values[n] for n in parameters.SHARED if n in values}
     wanted = identity(run, notebook, values)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from utils import parameters, runs
+from utils import pages, parameters, runs
 
 # Exit statuses: a cell failed; a wrong argument; the time budget ended; Ctrl-C.
 FAILED, USAGE, UNFINISHED, INTERRUPTED = 1, 2, 3, 130
@@ -122,7 +121,7 @@ def run(
         preflight.check(notebooks, defaults | values, run_dir)
     print(f"{len(notebooks)} notebooks into {run_dir}, profile {Path(profile).stem}.")
     if fresh:
-        set_aside(run_dir, notebooks)
+        set_aside(run_dir, notebooks, "is begun anew")
     form = "{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"
     with kernel_environment(), tqdm(total=len(notebooks), bar_format=form, disable=None) as bar:
         for notebook in notebooks:
@@ -140,7 +139,7 @@ def run(
                 left = notebooks[notebooks.index(notebook) :]
                 bar.write(f"Left: {', '.join(left)}. Run the same command again to go on.")
                 break
-    build_pages(run_dir)
+    print(f"Open {pages.build(run_dir)} to see it all.")
     return UNFINISHED if stopped else 0
 
 
@@ -231,12 +230,12 @@ def unfinished(run_dir: Path, notebook: str) -> str | None:
     raise SeriesError(f"{notebook} came to its end without finishing its stage in {run_dir}.")
 
 
-def set_aside(run_dir: Path, notebooks: Iterable[str]) -> None:
-    """Rename what these notebooks made before; nothing is deleted."""
+def set_aside(run_dir: Path, notebooks: Iterable[str], why: str) -> None:
+    """Rename what these notebooks made before and say why; nothing is deleted."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for notebook in notebooks:
         if (folder := run_dir / runs.FOLDERS[notebook]).exists():
-            runs.set_aside(folder)
+            runs.set_aside(folder, why)
         for suffix in (".ipynb", ".html"):
             if (shown := executed(run_dir, notebook, suffix=suffix)).exists():
                 shown.rename(executed(run_dir, notebook, f".{stamp}", suffix))
@@ -256,7 +255,7 @@ def execute(run_dir: Path, notebook: str, values: Mapping, root: Path, bar: tqdm
     runs.earlier_settings(run_dir, notebook)
     if runs.state(run_dir, notebook, values, root) == "stale":
         with bar.external_write_mode():
-            set_aside(run_dir, [notebook])
+            set_aside(run_dir, [notebook], "was made with other settings")
     own = parameters.declared(root)[notebook]
     running = executed(run_dir, notebook, ".running")
     running.parent.mkdir(parents=True, exist_ok=True)
@@ -334,9 +333,3 @@ def export_html(notebook: Path) -> Path | None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"No HTML of {notebook.name} ({reason[:200]}).", file=sys.stderr)
         return None
-
-
-def build_pages(run_dir: Path) -> None:
-    """Write the run's index page."""
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("utils.pages").build(run_dir)
