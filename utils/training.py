@@ -372,6 +372,7 @@ def run_leg(keeper: Keeper, model, recipe: Recipe, optimizer_state) -> None:
             steps_per_epoch=steps,
             validation_data=recipe.validation,
             callbacks=[keeper],
+            shuffle=False,  # the batches come in their order already
             verbose=0 if runs.batch_mode() else 1,
         )
     except LossNotFinite as error:
