@@ -43,11 +43,12 @@ def grad_cam(
     Returns float32 (n, S, S): 0 where nothing speaks for the class, 1 at the map's own peak; all 0
     where nothing in the image does.
     """
-    both = keras.Model(model.inputs, [fused_map(model), model.outputs[0]])
+    both = keras.Model(model.inputs[0], [fused_map(model), model.outputs[0]])
 
     @tf.function(reduce_retracing=True)
     def maps_of(x, wanted):
         with tf.GradientTape() as tape:
+            tape.watch(x)  # so that a frozen model's way to the map is recorded too
             features, logits = both(x, training=False)
             wanted = tf.where(wanted < 0, tf.argmax(logits, -1, output_type=tf.int32), wanted)
             score = tf.gather(logits, wanted, batch_dims=1)
@@ -75,7 +76,7 @@ def spatial_attention(model: keras.Model, images: np.ndarray, batch_size: int = 
     found = [x for x in model.layers if hasattr(x, "attention_map")]
     if not found:
         raise ValueError(f"{model.name} has no CBAM layer: it has no spatial attention to show")
-    trunk = keras.Model(model.inputs, found[-1].input)
+    trunk = keras.Model(model.inputs[0], found[-1].input)
 
     @tf.function(reduce_retracing=True)
     def maps_of(x):
