@@ -38,8 +38,8 @@ import numpy as np
 from PIL import Image
 
 GRADES = 5
-SPREAD = 0.33  # standard deviation of the severity around its grade, in grades
-HEALTHY_MM, STEP_MM = 6.0, 1.35  # mean joint space at KL 0, and what each grade takes away
+SPREAD = 0.31  # standard deviation of the severity around its grade, in grades
+HEALTHY_MM, STEP_MM = 6.2, 1.45  # mean joint space at KL 0, and what each grade takes away
 FIELD_MM = 90.0  # what an image side shows
 LATERAL = 0.15  # share of knees whose narrow side is the lateral one; the others' is the medial
 CORRELATION = 0.6  # between the severities of a patient's two knees
