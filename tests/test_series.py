@@ -175,7 +175,8 @@ def test_html_that_cannot_be_made_fails_no_run(project, command, monkeypatch):
         (["-p", "SEDE", "1"], "SEED"),
         (["-p", "PHASE_1_LEARNING_RATE", "1e-4"], "1.0e-4"),
         (["-p", "PHASE_1_LEARNING_RATE", ".nan"], "finite"),
-        (["--out", "notebooks/01_data.ipynb"], "is a file"),
+        (["--out", "notebooks/01_data.ipynb"], "notebooks/01_data.ipynb"),
+        (["--out", "/dev/null/run"], "/dev/null/run"),
     ],
 )
 def test_refusals_come_before_anything_runs(project, command, monkeypatch, arguments, said):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -110,7 +112,7 @@ def run(
     root = Path(root or runs.root()).resolve()
     notebooks = chosen(only, root)
     values = gather(profile, data, out, given, root)
-    run_dir = root / values["RUN_DIR"]
+    run_dir = writable(root / values["RUN_DIR"])
     if runs.on_kaggle():
         from utils import preflight
 
@@ -124,6 +126,7 @@ def run(
         set_aside(run_dir, notebooks, "is begun anew")
     form = "{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"
     with kernel_environment(), tqdm(total=len(notebooks), bar_format=form, disable=None) as bar:
+        os.environ["SERIES_PARAMETERS"] = json.dumps(values)  # for a look at what is still to come
         for notebook in notebooks:
             bar.set_description(notebook)
             begun = time.time()
@@ -179,10 +182,25 @@ def gather(profile, data, out, given, root: Path) -> dict[str, object]:
                 "split/class/image, such as train/0/9001695L.png."
             )
     run_dir = runs.run_folder(values["RUN_DIR"]) if runs.on_kaggle() else root / values["RUN_DIR"]
-    if run_dir.exists() and not run_dir.is_dir():
-        raise parameters.ParameterError(f"The run's folder {run_dir} is a file.")
     inside = run_dir.is_relative_to(root)
     return values | {"RUN_DIR": str(run_dir.relative_to(root) if inside else run_dir)}
+
+
+def writable(run_dir: Path) -> Path:
+    """Make the run's folder and see that it can be written to, before hours are spent.
+
+    Raises:
+        parameters.ParameterError: it cannot.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise parameters.ParameterError(
+            f"Nothing can be written to the run's folder {run_dir} ({reason}): give another --out."
+        ) from error
+    return run_dir
 
 
 @contextlib.contextmanager
