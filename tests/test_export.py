@@ -305,15 +305,23 @@ def report(seed: int, synthetic: bool = False) -> dict:
         | {"settings": "default"}
         for n in export.FORMATS
     ]
+    falls = {"hottest_fall": float(rng.random()), "random_fall": float(rng.random())}
     return {
         "dataset": {
             "name": "knees",
             "synthetic": synthetic,
-            "audit": {"classes": [f"KL {k}" for k in range(5)], "counts": counts},
+            "classes": [f"KL {k}" for k in range(5)],
+            "counts": counts,
         },
         "models": {"teacher": model(54_000_000 + seed), "student": model(1_300_000 + seed)},
-        "target": {"accuracy": 0.85, "student_met": False},
-        "test_openings": 3,
+        "evaluated": {
+            "split": "test",
+            "opening": "The test split was opened 3 times in this run.",
+            "intervals": {"resampled": "patients", "units": 400 + seed},
+        },
+        "target": {"accuracy": 0.85, "sentences": {"student": f"not met: 0.7{seed}"}},
+        "differences": [{"sentence": f"the student gives up {seed}.25 points"}],
+        "deletion": {"student": {"fraction": 0.1, **falls}},
         "exports": exports,
     }
 
@@ -331,8 +339,11 @@ def test_card_holds_no_figure_of_its_own():
     assert f"{student['recall'][3]:.3f}" in cards[0]
     assert "1,300,001" in cards[0]
     assert f"{known['exports'][2]['bytes'] / 1e6:.2f}" in cards[0]
-    assert "is not met" in cards[0]
+    assert "0.85, is not met: 0.71." in cards[0]
     assert "opened 3 times" in cards[0]
+    assert "over 401 patients" in cards[0]
+    assert "The student gives up 1.25 points." in cards[0]
+    assert f"by {known['deletion']['student']['hottest_fall']:.3f}" in cards[0]
 
 
 def test_card_says_what_must_be_said():
@@ -348,5 +359,5 @@ def test_card_says_what_must_be_said():
 
 def test_card_of_another_dataset_claims_no_knees():
     other = report(1)
-    other["dataset"]["audit"]["classes"] = list("abcde")
+    other["dataset"]["classes"] = list("abcde")
     assert "Osteoarthritis Initiative" not in export.model_card(other)

@@ -29,6 +29,7 @@ FORMATS = {
     "weights_8bit": "weights in 8 bits, the rest in float32 (dynamic range)",
     "integer_8bit": "weights and activations in 8 bits (full integer)",
 }
+CALIBRATION = 100  # images
 SMALL = 1_500_000  # bytes: what a student to carry along may weigh
 
 
@@ -43,10 +44,11 @@ def export(
 ) -> dict[str, Path]:
     """Write `student_<name>.tflite`, uint8 (1, S, S, 1) to float32 (1, K), each with its sidecar.
 
-    model: takes float32 (B, S, S, 1), 0 to 255, gives logits (B, K). calibration: uint8
-    (n, S, S, 1) from train, from which "integer_8bit" learns the range of every activation; a
-    hundred suffice. temperature: logits are divided by it before the softmax. formats: keys of
-    `FORMATS`. sidecar: what `litert.write_sidecar` takes beside image_size and temperature.
+    model: takes float32 (B, S, S, 1), 0 to 255, gives logits (B, K); of precision float32.
+    calibration: uint8 (n, S, S, 1) from train, from which "integer_8bit" learns the range of every
+    activation: a hundred, evenly spaced, for images come sorted by class. temperature: logits are
+    divided by it before the softmax. formats: keys of `FORMATS`. sidecar: what
+    `litert.write_sidecar` takes beside image_size and temperature.
 
     Returns {name: path}, in the order of formats.
 
@@ -94,7 +96,8 @@ def _converter(saved: str, name: str, calibration: np.ndarray | None) -> tf.lite
     if name == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if name == "integer_8bit":
-        converter.representative_dataset = lambda: ([image[None]] for image in calibration)
+        spaced = calibration[:: -(-len(calibration) // CALIBRATION)]
+        converter.representative_dataset = lambda: ([image[None]] for image in spaced)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     return converter
 

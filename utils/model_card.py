@@ -83,7 +83,7 @@ def _subject(dataset: Mapping) -> str:
 
 
 def _class_names(dataset: Mapping) -> list[str]:
-    return list(map(str, (dataset.get("audit") or {}).get("classes", [])))
+    return list(map(str, dataset.get("classes", [])))
 
 
 def _knees(dataset: Mapping) -> bool:
@@ -109,15 +109,8 @@ def _what(report: Mapping) -> str:
 
 def _data(dataset: Mapping) -> str:
     lines = ["## Data\n", f"`{dataset.get('name')}`, images in each class:\n"]
-    counts = (dataset.get("audit") or {}).get("counts") or dataset.get("counts") or {}
-    rows = {s: c for s, c in counts.items() if isinstance(c, Mapping)}
-    if rows:
-        classes = list(next(iter(rows.values())))
-        names = _class_names(dataset)
-        shown = names if len(names) == len(classes) else classes
-        lines += _table(["split", *shown], [[s, *c.values()] for s, c in rows.items()])
-    elif counts:
-        lines += _table(["split", "images"], [list(item) for item in counts.items()])
+    rows = [[split, *counts.values()] for split, counts in dataset.get("counts", {}).items()]
+    lines += _table(["split", *_class_names(dataset)], rows)
     if _knees(dataset):
         lines.append("")
         if dataset.get("synthetic"):
@@ -128,10 +121,15 @@ def _data(dataset: Mapping) -> str:
 
 def _figures(report: Mapping) -> str:
     models = {n: m for n, m in report["models"].items() if m.get("accuracy") is not None}
+    evaluated = report.get("evaluated", {})
     images = {m["images"] for m in models.values() if m.get("images")}
     over = f" of {images.pop()} images" if len(images) == 1 else ""
-    split = report.get("split", "test")
-    lines = ["## How good it is\n", f"On {split}{over}, with 95 % intervals in brackets.\n"]
+    drawn = evaluated.get("intervals", {})
+    how = f" (bootstrap over {drawn['units']} {drawn['resampled']})" if drawn else ""
+    lines = [
+        "## How good it is\n",
+        f"On {evaluated.get('split', 'test')}{over}, with 95 % intervals in brackets{how}.\n",
+    ]
     rows = [
         [shown, *(_with_interval(m, figure) for m in models.values())]
         for figure, shown in FIGURES.items()
@@ -148,15 +146,19 @@ def _figures(report: Mapping) -> str:
             for figure in ("sensitivity", "specificity", "auroc")
         )
         lines.append(f"\nGrade {found['cut']} or more, {name.replace('_', ' ')}: {told}.")
-    openings = report.get("test_openings")
-    if isinstance(openings, int):
-        times = "once" if openings == 1 else f"{openings} times"
-        lines.append(f"\nThe test split was opened {times} in this run.")
-    target = report.get("target") or {}
-    if target.get("student_met") is not None:
-        met = "met" if target["student_met"] else "not met"
-        figure = _with_interval(models["student"], "accuracy")
-        lines.append(f"\nThe target, an accuracy of {target['accuracy']}, is {met}: {figure}.")
+    if evaluated.get("opening"):
+        lines.append(f"\n{evaluated['opening']}")
+    verdict = (report.get("target") or {}).get("sentences", {}).get("student")
+    if verdict:
+        lines.append(f"\nThe target, an accuracy of {report['target']['accuracy']}, is {verdict}.")
+    lines += [f"\n{_sentence(gap['sentence'])}" for gap in report.get("differences") or []]
+    check = (report.get("deletion") or {}).get("student")
+    if check:
+        lines.append(
+            f"\nHiding the hottest {check['fraction']:.0%} of its Grad-CAM maps lowers the "
+            f"probability by {_with_interval(check, 'hottest_fall')}, a part of the same shape "
+            f"elsewhere by {_with_interval(check, 'random_fall')}."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -207,6 +209,11 @@ logits; its temperature, class names and when to ask a person stand in `student.
 def _table(head: list, rows: list[list]) -> list[str]:
     lines = [f"| {' | '.join(map(str, head))} |", "|" + " --- |" * len(head)]
     return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+def _sentence(words: str) -> str:
+    """With a capital and a full stop."""
+    return f"{words[:1].upper()}{words[1:].rstrip('.')}."
 
 
 def _number(value, digits: int = 3) -> str:
