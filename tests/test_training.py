@@ -1,5 +1,6 @@
 """Training: resume, time limit, collapse, losses that are not finite, several devices."""
 
+import dataclasses
 import time
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from utils import checkpoints, models, objectives, runs, training, views
+from utils import checkpoints, devices, models, objectives, runs, training, views
 
 CLASSES, SIZE, COUNT = 3, 16, 24
 AUGMENTATION = {"flip": True, "shift": 0.1, "brightness": 0.1}
@@ -59,6 +60,7 @@ def make_recipe(legs, pixels_and_labels=None, batch_size=8, drawing=None):
         views.evaluation_batches(pixels, targets, batch_size),
         objectives.HardLoss(),
         lambda: [objectives.Accuracy(CLASSES), objectives.QuadraticWeightedKappa(CLASSES)],
+        batch_size,
     )
 
 
@@ -172,20 +174,32 @@ def test_a_finished_training_is_loaded_not_repeated(monkeypatch, make_stage):
         np.testing.assert_array_equal(one, other)
 
 
-def test_time_limit_stops_at_an_epochs_end_and_a_new_session_goes_on(make_stage, capsys):
-    stage = make_stage("run", deadline=time.time() + 0.5)
-    slow = make_recipe(make_legs(whole=500))
-    result = training.train(stage, "teacher", make_model(), slow)
-    assert not result.complete and 0 < len(result.history) < 500
-    assert stage.paused and "fitted into the time limit" in stage.saved["stopped"]
-    assert "the session's limit is" in capsys.readouterr().out
+class OutOfTime(training.Keeper):
+    """A keeper whose time is up after two epochs."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.progress.epoch == 1:
+            self.stage.deadline = 0.0
+        super().on_epoch_end(epoch, logs)
+
+
+def test_time_limit_stops_at_an_epochs_end_and_a_new_session_goes_on(
+    monkeypatch, make_stage, deterministic, capsys
+):
+    whole, weights, _ = run_with_stops(monkeypatch, make_stage, "whole", [])
+    stage = make_stage("run", deadline=time.time() + 3600)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Keeper", OutOfTime)
+        result = training.train(stage, "teacher", make_model(), make_recipe(make_legs()))
+    assert not result.complete and list(result.history["epoch"]) == [1, 2]
+    assert stage.paused and "2 of 5 epochs fitted into the time" in stage.saved["stopped"]
+    assert "go on when run again" in capsys.readouterr().out
     assert not (stage.folder / "teacher.keras").exists()
-    done = len(result.history)
-    legs = make_legs(whole=done + 1 - 2 if done > 2 else 1)
-    result = training.train(make_stage("run"), "teacher", make_model(), make_recipe(legs))
+    result, weights_again, _ = run_with_stops(monkeypatch, make_stage, "run", [])
     assert result.complete
-    assert list(result.history["epoch"]) == list(range(1, len(result.history) + 1))
-    assert len(result.history) == max(3, done + 1)
+    assert without_times(whole.history).equals(without_times(result.history))
+    for one, other in zip(weights, weights_again, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_out_of_time_before_the_first_epoch_trains_nothing(make_stage):
@@ -217,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_best(make_stage):
         poison = lambda i, xy: (xy[0], tf.where(i == bad, np.nan, 1.0) * xy[1])  # noqa: E731
         return data.enumerate().map(poison), steps
 
-    recipe = training.Recipe(recipe.legs, poisoned, recipe.validation, recipe.loss, recipe.metrics)
+    recipe = dataclasses.replace(recipe, batches=poisoned)
     result = training.train(make_stage("run"), "teacher", model, recipe)
     assert result.complete and len(result.history) == 1
     assert "epoch 2, batch 2" in result.notes[0]
@@ -300,7 +314,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypa
 
 
 def test_xla_with_several_devices_is_refused():
-    assert training.resolve_jit("auto", 1) == "auto"
-    assert training.resolve_jit("auto", 2) is False
+    assert devices.resolve_jit("auto", 1) == "auto"
+    assert devices.resolve_jit("auto", 2) is False
     with pytest.raises(ValueError, match="DEVICES = 1"):
-        training.resolve_jit(True, 2)
+        devices.resolve_jit(True, 2)

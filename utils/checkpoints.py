@@ -8,10 +8,11 @@ and epoch stand in one `.npz`, written under a temporary name and renamed; the o
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,22 +28,18 @@ class Progress:
 
     Attributes:
         key: marks the stage that this belongs to; another stage's is refused.
-        leg: index of the leg in progress.
         epoch: whole epochs done, over all legs.
         best_epoch: the epoch (from 1) with the best `val_qwk`; 0 for none yet.
         best_qwk: its value.
         history: one dict an epoch.
-        complete: whether all legs are done.
         stopped: why a training ended early, or None.
     """
 
     key: str
-    leg: int = 0
     epoch: int = 0
     best_epoch: int = 0
     best_qwk: float = -2.0
     history: list[dict] = field(default_factory=list)
-    complete: bool = False
     stopped: str | None = None
 
 
@@ -79,7 +76,10 @@ def save(path: Path, progress: Progress, groups: dict[str, list[np.ndarray]]) ->
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             np.savez(file, **content)
-        keep_previous(path)
+            file.flush()
+            os.fsync(file.fileno())  # before the only other one loses its name
+        if path.exists():
+            path.replace(previous(path))
 
     runs.write_atomic(path, write)
 
@@ -89,23 +89,33 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def keep_previous(path: Path) -> None:
-    """Give the checkpoint at `path` a second name; it keeps its own until it is replaced."""
-    if not path.exists():
-        return
-    second = path.with_name(f".{path.stem}.second{path.suffix}")
-    second.unlink(missing_ok=True)
-    try:
-        os.link(path, second)
-    except OSError:  # a file system without hard links
-        shutil.copy2(path, second)
-    second.replace(previous(path))
+def damaged(path: Path) -> Path:
+    """Where a checkpoint that cannot be read is put, until the training is done."""
+    return path.with_name(f"{path.stem}.damaged{path.suffix}")
+
+
+def check_room(folder: Path, model: keras.Model) -> None:
+    """Whether the disk holds what a training of `model` writes: three checkpoints at a time.
+
+    Raises:
+        OSError: when less is free; better now than after the first epoch.
+    """
+    numbers = sum(math.prod(variable.shape) for variable in model.variables)
+    needed = 3 * 4 * 4 * numbers  # weights, best weights and two moments of AdamW, in float32
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"No room to train: checkpoints need {needed / 1e9:.1f} GB in {folder}, "
+            f"{free / 1e9:.1f} GB are free. Free some, or choose another RUN_DIR",
+        )
 
 
 def load(path: Path, key: str) -> tuple[Progress, dict[str, list[np.ndarray]]] | None:
     """The newest whole checkpoint at `path`, or None when there is none.
 
-    A damaged one is passed over for the one before, and said. Arrays come grouped as saved.
+    A damaged one is renamed, passed over for the one before, and said. Arrays come grouped as
+    they were saved.
 
     Raises:
         runs.StageError: when the checkpoint belongs to another stage; it is left where it is.
@@ -119,8 +129,9 @@ def load(path: Path, key: str) -> tuple[Progress, dict[str, list[np.ndarray]]] |
                 groups: dict[str, list[np.ndarray]] = {}
                 for name in sorted(n for n in archive.files if "/" in n):
                     groups.setdefault(name.split("/")[0], []).append(archive[name])
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            print(f"{candidate.name} is damaged ({str(error)[:80]}): passed over.")
+        except Exception as error:  # damage can make of an archive whatever its reader dislikes
+            print(f"{candidate} is damaged ({str(error)[:80]}): passed over.")
+            candidate.replace(damaged(path))  # lest it takes the place of the whole one before
             continue
         if progress.key != key:
             raise runs.StageError(
@@ -133,6 +144,6 @@ def load(path: Path, key: str) -> tuple[Progress, dict[str, list[np.ndarray]]] |
 
 def remove(path: Path) -> None:
     """Delete a finished training's checkpoints: what they held stands in the saved model."""
-    for candidate in (path, previous(path)):
+    for candidate in (path, previous(path), damaged(path)):
         with contextlib.suppress(FileNotFoundError):
             candidate.unlink()

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from utils import data, runs, views
+from utils import data, devices, runs, views
 
 # A stored view must agree with the teacher looking again, up to what other batch sizes change.
 TOLERANCE = 2e-2
@@ -59,7 +59,7 @@ class ViewStore:
 
 
 def read_view(path: Path, images: int) -> np.ndarray | None:
-    """A stored view, or None when it is missing or damaged."""
+    """Stored logits of `images` images, or None when the file is missing or damaged."""
     try:
         logits = np.load(path)
     except (OSError, ValueError, EOFError):
@@ -113,52 +113,90 @@ def teacher_views(
         The store. When the time limit came first the stage is paused: run again to go on.
 
     Raises:
-        runs.StageError: when the stored logits are not this teacher's.
+        ValueError: the teacher was made for other classes or another image size.
+        runs.StageError: the stored logits are not this teacher's, or not finite.
+        MemoryError: the device's memory is full.
     """
+    check_teacher(teacher, dataset, image_size)
     origin = store_origin(teacher_file, dataset, image_size)
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
     store = ViewStore(stage.path("views", key), count, len(dataset.rows("train")))
     if not (store.folder / "origin.json").exists():
         runs.write_json(store.folder / "origin.json", origin)
+    held_out = store.folder / "validation.npy"
+    if read_view(held_out, len(dataset.rows("val"))) is None:
+        save_array(held_out, look(teacher, dataset.pixels("val", image_size), None, batch_size))
     missing = [v for v in range(count) if read_view(store.path(v), store.images) is None]
     if len(missing) < count:
         print(f"{count - len(missing)} of {count} views are stored already in {store.folder}.")
-    held_out = views.evaluation_batches(dataset.pixels("val", image_size), batch_size=batch_size)
-    logits = teacher.predict(held_out, verbose=0).astype("float32")
-    runs.write_atomic(
-        store.folder / "validation.npy", lambda temporary: save_array(temporary, logits)
-    )
-    pixels = dataset.pixels("train", image_size)
-    slowest = 0.0
-    for view in tqdm(missing, desc="teacher views", unit="view", disable=runs.batch_mode()):
+    pixels, seconds = dataset.pixels("train", image_size), 0.0
+    for number, view in enumerate(tqdm(missing, "teacher views", disable=runs.batch_mode())):
         began = time.time()
-        if began + slowest > stage.deadline:
-            stage.pause(
-                f"{count - len(missing) + missing.index(view)} of {count} views are stored."
-            )
+        if began + 1.1 * seconds > stage.deadline:
+            stage.pause(f"{count - len(missing) + number} of {count} views are stored.")
             return None
-        logits = look(teacher, pixels, view, dataset, batch_size)
-        runs.write_atomic(store.path(view), lambda temporary, x=logits: save_array(temporary, x))
-        slowest = max(slowest, time.time() - began)
+        save_array(store.path(view), look(teacher, pixels, (view, dataset), batch_size))
+        seconds = time.time() - began
+        if runs.batch_mode():
+            left = (len(missing) - number - 1) * seconds / 60
+            print(f"teacher view {view + 1} of {count}, {left:.1f} min left", flush=True)
     check_sample(store, teacher, pixels, dataset, batch_size)
     return store
 
 
+def check_teacher(teacher: keras.Model, dataset: data.Dataset, image_size: int) -> None:
+    """Whether a teacher fits the data, before it looks.
+
+    Raises:
+        ValueError: other classes or another image size.
+    """
+    side, classes = teacher.input_shape[1], teacher.output_shape[-1]
+    if classes != len(dataset.class_names):
+        raise ValueError(
+            f"The teacher tells {classes} classes apart, the data have {len(dataset.class_names)} "
+            f"({', '.join(dataset.class_names)}): run notebooks 02 to 04 on these data."
+        )
+    if side != image_size:
+        raise ValueError(
+            f"The teacher takes images of {side} px, not of {image_size}: give the teacher's own "
+            "TEACHER_IMAGE_SIZE."
+        )
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
+    """Write a `.npy` file under a temporary name, then rename."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, array)
+
+    runs.write_atomic(path, write)
 
 
-def look(teacher, pixels, view: int, dataset: data.Dataset, batch_size: int) -> np.ndarray:
-    """The teacher's logits for one view of `pixels`: float32 (n, K)."""
-    batches = views.view_batches(
-        pixels,
-        view=view,
-        seed=dataset.seed,
-        augmentation=dataset.augmentation,
-        batch_size=batch_size,
-    )
-    return teacher.predict(batches, verbose=0).astype("float32")
+def look(teacher, pixels, seen: tuple[int, data.Dataset] | None, batch_size: int) -> np.ndarray:
+    """The teacher's logits for `pixels`: float32 (n, K).
+
+    `seen` is the view and the dataset whose seed and augmentation make it; None: as they are.
+
+    Raises:
+        runs.StageError: logits that are not finite.
+        MemoryError: the device's memory is full.
+    """
+    size = devices.share_size(len(pixels), batch_size, devices.replicas_of(teacher))
+    if seen is None:
+        batches = views.evaluation_batches(pixels, batch_size=size)
+    else:
+        view, dataset = seen
+        drawing = {"seed": dataset.seed, "augmentation": dataset.augmentation}
+        batches = views.view_batches(pixels, view=view, batch_size=size, **drawing)
+    with devices.memory_advice("the teacher's look at the images"):
+        logits = teacher.predict(batches, verbose=0).astype("float32")
+    if not np.isfinite(logits).all():
+        raise runs.StageError(
+            "The teacher's logits are not finite: its training went wrong, or it overflows in "
+            "TEACHER_PRECISION. Look at teacher/phase_3/history.csv and train it again."
+        )
+    return logits
 
 
 def check_sample(store: ViewStore, teacher, pixels, dataset, batch_size: int) -> None:
@@ -169,7 +207,7 @@ def check_sample(store: ViewStore, teacher, pixels, dataset, batch_size: int) ->
     """
     few = pixels[: min(len(pixels), batch_size)]
     stored = store.logits(store.count - 1)[: len(few)]
-    again = look(teacher, few, store.count - 1, dataset, batch_size)
+    again = look(teacher, few, (store.count - 1, dataset), batch_size)
     difference = float(np.abs(again - stored).max() / max(stored.std(), 1e-3))
     if not difference < TOLERANCE:
         raise runs.StageError(

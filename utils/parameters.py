@@ -69,8 +69,20 @@ def within(low, high, *, above=False, below=False):
     )
 
 
+def weights_known(value: str) -> bool:
+    """Whether weights are named as `models` takes them, or a file that is there."""
+    return value in ("imagenet", "none") or any(
+        (folder / Path(value).expanduser()).is_file() for folder in (Path(), ROOT)
+    )
+
+
 # The first pattern that matches a whole name decides what its value must be.
 RULES = {
+    r"RUN_DIR": (lambda value: bool(value.strip()), "the name of a folder"),
+    r"(TEACHER|STUDENT)_WEIGHTS": (
+        weights_known,
+        '"imagenet", "none" or a weights file that exists',
+    ),
     r"(TEACHER|STUDENT)_IMAGE_SIZE": (
         lambda value: value % 32 == 0 and 32 <= value <= 1024,
         "a multiple of 32 from 32 to 1024 (the backbones halve it five times)",
@@ -195,17 +207,49 @@ def check(values: Mapping[str, object], root: Path | None = None) -> dict[str, o
     return dict(values)
 
 
+def check_together(notebook: str, settings: Mapping[str, object]) -> None:
+    """Refuse values that are good alone and not together.
+
+    Args:
+        notebook: the one that is about to run.
+        settings: its parameters and those of the notebooks before it.
+
+    Raises:
+        ParameterError: a model that asks for larger images than are stored, or views that no epoch
+            would see.
+    """
+    who = {"02": "TEACHER", "05": "STUDENT"}.get(notebook[:2])
+    size, stored = settings.get(f"{who}_IMAGE_SIZE"), settings.get("STORED_SIZE")
+    if size and stored and size > stored:
+        raise ParameterError(
+            f"{who}_IMAGE_SIZE = {size}, but notebook 01 stored {stored} px: lower it, or run 01 "
+            f"with STORED_SIZE = {size}."
+        )
+    if who == "STUDENT":
+        epochs = settings["STUDENT_HEAD_EPOCHS"] + settings["STUDENT_EPOCHS"]
+        if settings["VIEWS"] > epochs:
+            raise ParameterError(
+                f"VIEWS = {settings['VIEWS']}, but the student trains {epochs} epochs, one view "
+                f"each: the teacher would look in vain. Set VIEWS to {epochs} or less."
+            )
+
+
+def as_yaml_number(value: object) -> str | None:
+    """How YAML wants the number that a string such as "1e-4" means; None when it means none."""
+    found = re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", str(value))
+    if not isinstance(value, str) or not found:
+        return None
+    whole, fraction, sign, power = found.groups()
+    return f"{whole}{fraction or '.0'}e{sign or '+'}{power}"
+
+
 def fault_of(name: str, value: object, parameter: Parameter) -> str | None:
     """What is wrong with one value, in a sentence; None when nothing is."""
     if not parameter.accepts(value):
         wanted = " or ".join(parameter.types)
         hint = ""
-        if (
-            isinstance(value, str)
-            and "float" in parameter.types
-            and re.match(r"^\d+e-?\d+$", value)
-        ):
-            hint = f" In YAML a number like {value} needs a point: {value.replace('e', '.0e')}."
+        if "float" in parameter.types and (number := as_yaml_number(value)):
+            hint = f" In YAML write this number with a point and a sign: {number}."
         return f"{name} = {value!r} is {type(value).__name__}, wanted {wanted}.{hint}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{name} = {value} is not a finite number."

@@ -9,7 +9,8 @@ import numpy as np
 
 from utils import data, objectives, runs, views
 from utils.distillation import ViewStore, distillation_targets
-from utils.training import Leg, Recipe
+from utils.schedules import Leg
+from utils.training import Recipe
 
 
 def class_metrics(classes: int) -> Callable[[], list[keras.metrics.Metric]]:
@@ -59,7 +60,7 @@ def teacher(stage: runs.Stage, dataset: data.Dataset, phase: int) -> Recipe:
     held_out = objectives.hard_targets(dataset.labels("val"), classes, softening)
     validation = views.evaluation_batches(dataset.pixels("val", size), held_out, batch_size)
     loss = objectives.HardLoss(settings["FOCAL_GAMMA"])
-    return Recipe([leg], batches, validation, loss, class_metrics(classes))
+    return Recipe([leg], batches, validation, loss, class_metrics(classes), batch_size)
 
 
 def student(stage: runs.Stage, dataset: data.Dataset, store: ViewStore | None) -> Recipe:
@@ -103,7 +104,7 @@ def student(stage: runs.Stage, dataset: data.Dataset, store: ViewStore | None) -
         )
 
     validation = views.evaluation_batches(dataset.pixels("val", size), held_out, batch_size)
-    return Recipe(legs, batches, validation, loss, class_metrics(classes))
+    return Recipe(legs, batches, validation, loss, class_metrics(classes), batch_size)
 
 
 def drawing(dataset: data.Dataset) -> dict:

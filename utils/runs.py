@@ -17,12 +17,19 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 from utils import parameters
+from utils.files import (  # others find them here
+    StageError,
+    cannot_write,
+    read_json,
+    write_atomic,  # noqa: F401
+    write_json,
+)
 
 FOLDERS = {
     "01_data": "data",
@@ -36,10 +43,6 @@ NOTEBOOKS = parameters.NOTEBOOKS
 # Openings of the test split are counted over the life of a run, whatever is made anew.
 KEPT_FOREVER = ("test_openings.json",)
 KAGGLE_HOURS, KAGGLE_MARGIN = 12.0, 0.5
-
-
-class StageError(RuntimeError):
-    """A stage that a notebook needs is missing, unfinished or made from something else."""
 
 
 def root() -> Path:
@@ -73,50 +76,6 @@ def batch_mode() -> bool:
 def run_folder(run_dir: str | Path) -> Path:
     """RUN_DIR as an absolute path; a relative one lies in the project, or where Kaggle keeps it."""
     return (kaggle_working() if on_kaggle() else root()) / Path(run_dir).expanduser()
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write(temporary path)` make a file, then give it its name, so that none is half-written.
-
-    Raises:
-        OSError: as `write` does, with the temporary file removed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        left.unlink(missing_ok=True)  # what a killed process left behind
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def write_json(path: Path, content: object) -> Path:
-    """Write `content` as JSON under a temporary name, then rename."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> object:
-    """Read a JSON file.
-
-    Raises:
-        StageError: when it is missing or damaged.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StageError(f"{path} is missing.") from error
-    except ValueError as error:
-        raise StageError(
-            f"{path} is damaged ({error}): move it away and run its notebook."
-        ) from error
 
 
 def read_stage(run: Path, notebook: str) -> dict | None:
@@ -186,24 +145,47 @@ def state(run: Path, notebook: str, values: Mapping, root_folder: Path | None = 
 
 
 def attached_runs() -> list[Path]:
-    """Runs among what is attached on Kaggle (either mount layout), the furthest one last."""
-    found = {p.parent.parent for p in kaggle_input().rglob("data/stage.json")}
+    """Runs among what is attached on Kaggle (either mount layout), the furthest one last.
 
-    def progress(run):
-        saved = [read_stage(run, notebook) for notebook in NOTEBOOKS]
-        return sum(s["finished"] for s in saved if s), max(s["opened"] for s in saved if s)
-
-    return sorted(found, key=progress)
+    One that cannot be read is left out, and said.
+    """
+    found = {}
+    for path in kaggle_input().rglob("data/stage.json"):
+        run = path.parent.parent
+        try:
+            saved = [s for notebook in NOTEBOOKS if (s := read_stage(run, notebook))]
+            # Sessions of one run share when its stages were opened, not how long they worked.
+            found[run] = (
+                sum(s["finished"] for s in saved),
+                max(s["opened"] for s in saved),
+                sum(s["seconds"] for s in saved),
+            )
+        except (StageError, KeyError, TypeError) as error:
+            print(f"The run attached at {run} cannot be read ({error}): passed over.")
+    return sorted(found, key=found.get)
 
 
 def take_up(run: Path) -> None:
-    """Copy the furthest attached run to `run` when there is none yet; the input stays untouched."""
+    """Copy the furthest attached run to `run` when there is none yet; the input stays untouched.
+
+    Runs of the same name come before others.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
     if (run / "data" / "stage.json").exists() or not (found := attached_runs()):
         return
-    print(f"Taking up the run attached at {found[-1]}.")
+    furthest = ([f for f in found if f.name == run.name] or found)[-1]
+    print(f"Taking up the run attached at {furthest}.")
     part = run.with_name(f".{run.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(found[-1], part, copy_function=shutil.copyfile)
+    try:
+        shutil.copytree(furthest, part, copy_function=shutil.copyfile)
+        for folder in (part, *(p for p in part.rglob("*") if p.is_dir())):
+            folder.chmod(0o755)  # copied from folders that nobody may write to
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise cannot_write(run, error) from error
     if run.exists():
         set_aside(run)
     part.rename(run)
@@ -220,6 +202,11 @@ def started() -> float:
 
 
 PROCESS_STARTED = time.time()
+
+
+def clock(seconds: float) -> str:
+    """Weekday and time of day of a moment (Unix seconds)."""
+    return time.strftime("%a %H:%M", time.localtime(seconds))
 
 
 def deadline(max_hours: float | None) -> float:
@@ -263,17 +250,31 @@ class Stage:
         """A path in the run."""
         return self.run.joinpath(*parts)
 
-    def outlook(self, left: float, seconds: float) -> str:
-        """When the teacher's later phases would end: `left` seconds, then `seconds` an epoch."""
-        later = [p for p in (2, 3) if FOLDERS[self.notebook] < f"teacher/phase_{p}"]
-        epochs = sum(self.planned.get(f"PHASE_{p}_EPOCHS", 0) for p in later)
-        if not self.folder.name.startswith("phase") or not epochs:
-            return ""
-        end = time.localtime(time.time() + left + epochs * seconds)
-        return (
-            f"The teacher's later phases ({epochs} epochs, slower than the first) end after "
-            f"{time.strftime('%H:%M', end)} at this pace."
+    def outlook(self, what: str, left: float, here: float, seconds: float) -> str:
+        """When `what` ends, in `left` seconds, and the series; and what the time limit makes of it.
+
+        After `here` seconds more the training in hand is over; `seconds` is its pace an epoch.
+        """
+        plan, teacher = self.planned, self.folder.parent.name == "teacher"
+        if teacher:  # a later phase trains more layers; a look takes a third of an epoch
+            later = [p for p in (2, 3) if self.folder.name < f"phase_{p}"]
+            epochs = sum(plan.get(f"PHASE_{p}_EPOCHS", 0) for p in later) + plan.get("VIEWS", 0) / 3
+        else:  # the student on labels alone comes after the distilled one
+            again = plan.get("LABELS_ONLY", False) and "student" not in self.saved["facts"]
+            both = ("STUDENT_HEAD_EPOCHS", "STUDENT_EPOCHS")
+            epochs = again * sum(plan.get(name, 0) for name in both)
+        now, end = time.time(), time.time() + here + epochs * seconds
+        text = f"{what} ends about {clock(now + left)}, the series "
+        text += (
+            f"not before {clock(end)}, when the student begins"
+            if teacher
+            else (f"soon after {clock(end)}")
         )
+        if self.deadline < float("inf"):
+            text += f"; the time limit is {clock(self.deadline)}"
+        if end > self.deadline:
+            text += ". That does not fit: it will stop at an epoch's end, to go on when run again"
+        return f"{text}."
 
     def write(self, **changes) -> None:
         """Change `stage.json`."""
@@ -308,13 +309,17 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
         The stage; a folder made with other parameters has been set aside.
 
     Raises:
-        parameters.ParameterError: a parameter that no notebook owns, or a bad value.
+        parameters.ParameterError: a parameter that no notebook owns, a bad value, or values that
+            do not go together.
         StageError: an earlier stage is missing, unfinished, or newer than what builds on it; on
             Kaggle also a missing GPU, attachment or the like.
+        OSError: the run's folder cannot be written.
     """
     values = {n: v for n, v in namespace.items() if n.isupper() and not n.startswith("_")}
     parameters.check(values)
     run = run_folder(values["RUN_DIR"])
+    if run.exists() and not run.is_dir():
+        raise parameters.ParameterError(f"RUN_DIR: {run} is a file, no folder.")
     if on_kaggle():
         from utils import preflight
 
@@ -322,6 +327,7 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
         preflight.check([notebook], values, run)
     settings = earlier_settings(run, notebook) | own_parameters(notebook, values)
     shared = {n: values[n] for n in parameters.SHARED if n in values}
+    parameters.check_together(notebook, settings)
     wanted = identity(run, notebook, values)
     folder = run / FOLDERS[notebook]
     condition = state(run, notebook, values)
@@ -334,8 +340,16 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
     saved = read_stage(run, notebook)
     if saved["finished"]:
         print(f"{notebook} was done before with these parameters: {folder} is kept.")
+    else:
+        write_json(folder / "stage.json", saved)  # better now than after an epoch
     limit = deadline(values.get("MAX_HOURS"))
-    return Stage(notebook, run, settings | shared, saved, limit, planned=values)
+    return Stage(notebook, run, settings | shared, saved, limit, planned() | values)
+
+
+def planned() -> dict[str, object]:
+    """What the whole series will run with: the notebooks' defaults, or what the runner was told."""
+    defaults = {n: p.default for own in parameters.declared().values() for n, p in own.items()}
+    return defaults | json.loads(os.environ.get("SERIES_PARAMETERS", "{}"))
 
 
 def earlier_settings(run: Path, notebook: str) -> dict:

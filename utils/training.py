@@ -17,39 +17,16 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from utils import checkpoints, models, runs
+from utils import checkpoints, devices, models, runs
+from utils.devices import strategy
+from utils.schedules import Leg, make_optimizer, rates
+
+__all__ = ["Leg", "LossNotFinite", "Recipe", "Training", "rates", "strategy", "train"]
 
 # A phase has collapsed when it names one class almost always and orders nothing.
 COLLAPSED_SHARE, COLLAPSED_QWK = 0.95, 0.05
-
-
-@dataclass(frozen=True)
-class Leg:
-    """Epochs that share what trains and how fast.
-
-    Attributes:
-        name: shown in the history.
-        part: what trains: "head", "tail" (the last `unfreeze` of the backbone too) or "all".
-        epochs: how many.
-        learning_rate: the peak rate of AdamW.
-        pretrained: whether the backbone came with weights; else everything trains always.
-        unfreeze: share of the backbone's layers that "tail" trains.
-        warmup_epochs: epochs of linear warm-up, at most half of the leg.
-        restarts: how often the cosine starts anew (Loshchilov & Hutter 2017); 0 for a single one.
-        weight_decay: AdamW's, on kernels only.
-        accumulation: batches whose gradients are added up before a step (one device only).
-    """
-
-    name: str
-    part: str
-    epochs: int
-    learning_rate: float
-    pretrained: bool
-    unfreeze: float = 0.3
-    warmup_epochs: int = 0
-    restarts: int = 0
-    weight_decay: float = 1e-4
-    accumulation: int = 1
+MEASURED = ("accuracy", "loss", "qwk", "val_accuracy", "val_loss", "val_qwk")
+COLUMNS = ["epoch", "leg", *MEASURED, "learning_rate", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +40,7 @@ class Recipe:
         validation: (x, y) batches of the val split, not augmented.
         loss: on logits.
         metrics: makes new metrics: "accuracy" and "qwk".
+        batch_size: images a batch, over all devices.
     """
 
     legs: Sequence[Leg]
@@ -70,96 +48,11 @@ class Recipe:
     validation: tf.data.Dataset
     loss: keras.losses.Loss
     metrics: Callable[[], list[keras.metrics.Metric]]
+    batch_size: int
 
 
 class LossNotFinite(RuntimeError):
     """The loss became NaN or infinite."""
-
-
-@keras.saving.register_keras_serializable("knee_distillation")
-class WarmUpCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then cosine decay to 1 % of the peak, started anew `restarts` times.
-
-    All cycles are equally long and the peak shrinks by 0.8 with each (Loshchilov & Hutter 2017,
-    "SGDR"). Takes the step number, gives a float32 rate.
-    """
-
-    def __init__(self, peak: float, steps: int, warmup_steps: int = 0, restarts: int = 0):
-        self.peak, self.steps = peak, steps
-        self.warmup_steps, self.restarts = warmup_steps, restarts
-
-    def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
-        cycle_steps = max(1.0, (self.steps - self.warmup_steps) / (self.restarts + 1))
-        position = keras.ops.maximum(step - self.warmup_steps, 0.0) / cycle_steps
-        cycle = keras.ops.minimum(keras.ops.floor(position), float(self.restarts))
-        part = keras.ops.minimum(position - cycle, 1.0)
-        cosine = 0.5 * (1.0 + keras.ops.cos(np.pi * part))
-        rate = self.peak * keras.ops.power(0.8, cycle) * (0.01 + 0.99 * cosine)
-        warm = self.peak * (step + 1.0) / max(1, self.warmup_steps)
-        return keras.ops.where(step < self.warmup_steps, warm, rate)
-
-    def get_config(self):
-        return {n: getattr(self, n) for n in ("peak", "steps", "warmup_steps", "restarts")}
-
-
-def strategy(devices: int = 0, names: Sequence[str] | None = None) -> tf.distribute.Strategy:
-    """Where to build and train: all GPUs by `MirroredStrategy`, or the one device there is.
-
-    Args:
-        devices: how many to use at most; 0 for all.
-        names: logical devices, such as ["CPU:0", "CPU:1"]; by default the GPUs.
-
-    Returns:
-        A strategy whose `scope()` the model must be built or loaded in. When several devices cannot
-        be set up, that is said and one is used.
-    """
-    names = list(names or [d.name for d in tf.config.list_logical_devices("GPU")])
-    names = names[:devices] if devices else names
-    if len(names) > 1:
-        try:
-            mirrored = tf.distribute.MirroredStrategy(names)
-            mirrored.run(lambda: tf.constant(1.0))
-            return mirrored
-        except (ValueError, RuntimeError, tf.errors.OpError) as error:
-            print(f"{len(names)} devices cannot be used together ({str(error)[:120]}): one is.")
-    return tf.distribute.get_strategy()
-
-
-def resolve_jit(jit_compile: bool | str, replicas: int) -> bool | str:
-    """What to hand to `compile`: "auto" means off with several devices, where XLA fails.
-
-    Raises:
-        ValueError: XLA asked for by True with several devices.
-    """
-    if replicas == 1:
-        return jit_compile
-    if jit_compile is True:
-        raise ValueError(
-            f"JIT_COMPILE = True does not work with {replicas} devices (TensorFlow's "
-            'MirroredStrategy fails in the first step): use "auto", or DEVICES = 1 with XLA.'
-        )
-    return False
-
-
-def make_schedule(leg: Leg, steps: int) -> WarmUpCosine:
-    """The learning rate of a leg of `steps` batches an epoch."""
-    updates = max(1, steps // leg.accumulation)
-    warmup = min(leg.warmup_epochs, leg.epochs / 2) * updates
-    return WarmUpCosine(leg.learning_rate, leg.epochs * updates, int(warmup), leg.restarts)
-
-
-def make_optimizer(leg: Leg, steps: int) -> keras.optimizers.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) for one leg of `steps` batches an epoch."""
-    accumulation = leg.accumulation if leg.accumulation > 1 else None
-    optimizer = keras.optimizers.AdamW(
-        make_schedule(leg, steps),
-        weight_decay=leg.weight_decay,
-        global_clipnorm=1.0,
-        gradient_accumulation_steps=accumulation,
-    )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
 
 
 def compile_leg(model, leg: Leg, steps: int, recipe: Recipe, jit_compile) -> None:
@@ -181,21 +74,17 @@ def compile_leg(model, leg: Leg, steps: int, recipe: Recipe, jit_compile) -> Non
     optimizer.build(model.trainable_variables)
 
 
-def synchronize_head(model, on: bool) -> None:
-    """Let the trained BatchNorm layers share their statistics between devices, or no longer."""
-    for layer in model._flatten_layers(include_self=False):
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = on
-
-
 class Keeper(keras.callbacks.Callback):
-    """Keeps history, best weights and checkpoint; stops at a loss not finite or when time is up."""
+    """Keeps history, best weights and checkpoint; stops at a loss not finite or when time is up.
 
-    def __init__(self, stage, path: Path, progress, best: list, span: tuple[int, int], leg: Leg):
+    `span` is the leg's first epoch and the one after its last, `total` the epochs of all legs.
+    """
+
+    def __init__(self, stage, path: Path, progress, best: list, leg: Leg, span, total: int):
         super().__init__()
         self.stage, self.path, self.progress, self.best = stage, path, progress, best
-        self.span, self.leg = span, leg
-        self.began_at, self.out_of_time = progress.epoch, False
+        self.leg, self.span, self.total = leg, span, total
+        self.began_at, self.out_of_time, self.saving = progress.epoch, False, 0.0
 
     def on_epoch_begin(self, epoch, logs=None):
         self.began, self.batches = time.time(), 0
@@ -209,43 +98,50 @@ class Keeper(keras.callbacks.Callback):
             )
 
     def on_epoch_end(self, epoch, logs=None):
-        progress, seconds = self.progress, time.time() - self.began
+        progress, ended = self.progress, time.time()
+        if not np.isfinite(logs["val_loss"]):  # the last batch spoilt the weights
+            raise LossNotFinite(
+                f"The validation loss is {logs['val_loss']} after epoch {progress.epoch + 1}."
+            )
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         row = {"epoch": progress.epoch + 1, "leg": self.leg.name}
         row |= {name: round(float(value), 6) for name, value in logs.items()}
-        progress.history.append(row | {"learning_rate": rate, "seconds": round(seconds, 2)})
+        row |= {"learning_rate": rate, "seconds": round(ended - self.began, 2)}
+        progress.history.append(row)
         progress.epoch += 1
         if row["val_qwk"] > progress.best_qwk:
             progress.best_qwk, progress.best_epoch = row["val_qwk"], progress.epoch
             self.best[:] = checkpoints.arrays_of(self.model.weights)
         save_progress(self.path, self.model, progress, self.best)
+        self.saving = time.time() - ended
         self.report(row)
         if progress.epoch < self.span[1] and self.stops_now():
             self.model.stop_training = True
 
     def report(self, row: dict) -> None:
-        """Say how it goes, when nobody watches a bar, and when it will end, while that is news."""
-        seconds = self.seconds_an_epoch()
-        left = (self.span[1] - self.progress.epoch) * seconds
+        """Say how it goes, when nobody watches a bar, and when it will end, once that is known."""
+        seconds, (_, last) = self.seconds_an_epoch(), self.span
+        left = (last - self.progress.epoch) * seconds
         if runs.batch_mode():
             print(
-                f"{self.leg.name}, epoch {row['epoch']} of {self.span[1]}: "
+                f"{self.leg.name}, epoch {row['epoch']} of {last}: "
                 f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}, "
                 f"val_accuracy {row['val_accuracy']:.3f}, val_qwk {row['val_qwk']:.3f}, "
                 f"{left / 60:.1f} min left",
                 flush=True,
             )
-        if np.isfinite(self.stage.deadline) and self.progress.epoch - self.began_at <= 2:
-            end, limit = time.localtime(time.time() + left), time.localtime(self.stage.deadline)
-            print(
-                f"{self.leg.name} ends about {time.strftime('%H:%M', end)}, the session's limit "
-                f"is {time.strftime('%H:%M', limit)}. {self.stage.outlook(left, seconds)}"
-            )
+        if self.progress.epoch == min(self.began_at + 2, last):
+            legs = left + (self.total - last) * seconds
+            print(self.stage.outlook(self.leg.name, left, legs, seconds), flush=True)
 
     def seconds_an_epoch(self) -> float:
-        """Median of this session's last epochs; 0 before the first."""
-        rows = self.progress.history[self.began_at :][-5:]
-        return float(np.median([r["seconds"] for r in rows])) if rows else 0.0
+        """Median of this leg's last epochs, without the first, which compiles; else of any before.
+
+        0 where there is none.
+        """
+        rows = self.progress.history[self.began_at :][-5:] or self.progress.history[-5:]
+        rows = rows[1:] if 1 < len(rows) < 5 else rows
+        return self.saving + float(np.median([r["seconds"] for r in rows])) if rows else 0.0
 
     def stops_now(self) -> bool:
         """Whether another epoch would pass the deadline."""
@@ -301,49 +197,43 @@ def train(
         finite in the first epoch, the model has the weights that it came with.
 
     Raises:
+        ValueError: model, data and devices do not fit each other.
         runs.StageError: the checkpoint is another run's.
+        OSError: the disk has no room, or cannot be written.
         MemoryError: the device's memory is full; the message names what to change.
     """
     target, path = stage.folder / f"{name}.keras", stage.folder / f"{name}.checkpoint.npz"
     suffix = name.removeprefix("teacher").removeprefix("student")
     csv = stage.folder / f"history{suffix}.csv"
-    if (done := stage.saved["facts"].get(name)) and target.exists():
+    if (done := stage.saved["facts"].get(name)) and target.exists() and csv.exists():
+        checkpoints.remove(path)
         model.set_weights(models.load(target).get_weights())
         return Training(pd.read_csv(csv), True, done["best_epoch"], done["notes"])
 
-    start, replicas = checkpoints.arrays_of(model.weights), replicas_of(model)
-    progress, groups = checkpoints.load(path, stage.key) or (checkpoints.Progress(stage.key), {})
-    if progress.epoch:
-        print(f"{name} goes on after epoch {progress.epoch}.")
-        checkpoints.assign(model.variables, groups["model"], "model")
-    best, out_of_time = list(groups.get("best", start)), stage.paused
-    synchronize_head(model, replicas > 1)
-    first = 0
-    for leg in recipe.legs:
-        last = first + leg.epochs
-        if progress.epoch < last and not (out_of_time or progress.stopped):
-            keeper = Keeper(stage, path, progress, best, (first, last), leg)
-            run_leg(keeper, model, recipe, groups.get("optimizer"))
-            out_of_time = keeper.out_of_time
-        first = last
-    synchronize_head(model, False)
-    history = pd.DataFrame(progress.history)
-    if len(history):
-        runs.write_atomic(csv, lambda temporary: history.to_csv(temporary, index=False))
+    replicas = devices.replicas_of(model)
+    check(model, recipe, name, replicas)
+    checkpoints.check_room(stage.folder, model)
+    start = checkpoints.arrays_of(model.variables)
+    try:
+        progress, best = run_legs(stage, name, path, model, recipe)
+    except BaseException:
+        checkpoints.assign(model.variables, start, "first weights")  # for a next try in this kernel
+        raise
+    history = pd.DataFrame(progress.history, columns=None if progress.history else COLUMNS)
+    runs.write_atomic(csv, lambda temporary: history.to_csv(temporary, index=False))
     if stage.paused:
-        return Training(history, False, progress.best_epoch, [])
-    if out_of_time:
-        stage.pause(f"{name}: {progress.epoch} of {first} epochs fitted into the time limit.")
         return Training(history, False, progress.best_epoch, [])
 
     notes = [progress.stopped] if progress.stopped else []
     checkpoints.assign(model.weights, best, "best weights")
-    if collapsed(model, recipe.validation, progress.best_qwk):
+    validation = devices.shared(recipe.validation, recipe.batch_size, replicas)
+    if collapsed(model, validation, progress.best_qwk):
         notes.append("It ended in one class: the weights that it started from are handed on.")
-        checkpoints.assign(model.weights, start, "first weights")
+        checkpoints.assign(model.variables, start, "first weights")
         progress.best_epoch = 0
     models.save(model, target)
-    facts = {"best_epoch": progress.best_epoch, "notes": notes, "replicas": replicas}
+    facts = {"best_epoch": progress.best_epoch, "notes": notes, "devices": replicas}
+    facts |= {"batch": recipe.batch_size, "batch_per_device": recipe.batch_size // replicas}
     stage.write(facts=stage.saved["facts"] | {name: facts})
     checkpoints.remove(path)
     for note in notes:
@@ -351,53 +241,90 @@ def train(
     return Training(history, True, progress.best_epoch, notes)
 
 
+def check(model: keras.Model, recipe: Recipe, name: str, replicas: int) -> None:
+    """Whether model, data and devices fit each other, before anything runs.
+
+    Raises:
+        ValueError: another image size or class count than the data's; a batch that the devices
+            cannot share.
+    """
+    images, targets = (tuple(spec.shape[1:]) for spec in recipe.validation.element_spec)
+    takes, gives = tuple(model.input_shape[1:]), model.output_shape[-1]
+    if images != takes:
+        raise ValueError(
+            f"{name} takes images of {takes}, the data are {images}: it belongs to another run. "
+            "Build it with this run's image size, or run the notebooks before this one again."
+        )
+    if targets[0] not in (gives, 2 * gives):
+        raise ValueError(
+            f"{name} tells {gives} classes apart, the targets have {targets[0]} columns: it "
+            "belongs to data with other classes. Run notebooks 02 to 04 on these data."
+        )
+    parameter = "BATCH_SIZE" if name == "teacher" else "STUDENT_BATCH_SIZE"
+    for leg in recipe.legs:
+        devices.check_shares(parameter, recipe.batch_size, leg.accumulation, replicas)
+    print(
+        f"{name}: batches of {recipe.batch_size} images on {replicas} "
+        f"device{'s' * (replicas > 1)}, {recipe.batch_size // replicas} on each."
+    )
+
+
+def run_legs(stage, name: str, path: Path, model, recipe: Recipe):
+    """Train from the checkpoint at `path`, or the start, as far as time allows.
+
+    Returns:
+        progress and best weights; the stage is paused when time ended it.
+    """
+    best, total = checkpoints.arrays_of(model.weights), sum(leg.epochs for leg in recipe.legs)
+    progress, groups = checkpoints.load(path, stage.key) or (checkpoints.Progress(stage.key), {})
+    if progress.epoch:
+        print(f"{name} goes on after epoch {progress.epoch}.")
+        checkpoints.assign(model.variables, groups["model"], "model")
+        best = groups["best"]
+    replicas, first = devices.replicas_of(model), 0
+    devices.synchronize_norms(model, replicas > 1)
+    for leg in recipe.legs:
+        last = first + leg.epochs
+        if progress.epoch < last and not (stage.paused or progress.stopped):
+            keeper = Keeper(stage, path, progress, best, leg, (first, last), total)
+            run_leg(keeper, model, recipe, groups.get("optimizer"))
+            if keeper.out_of_time:
+                stage.pause(
+                    f"{name}: {progress.epoch} of {total} epochs fitted into the time limit."
+                )
+        first = last
+    devices.synchronize_norms(model, False)
+    return progress, best
+
+
 def run_leg(keeper: Keeper, model, recipe: Recipe, optimizer_state) -> None:
     """Compile and fit one leg, from its start or from where the checkpoint left it."""
     progress, leg, (first, last) = keeper.progress, keeper.leg, keeper.span
+    replicas = devices.replicas_of(model)
     if keeper.stops_now():
         return
     data, steps = recipe.batches(progress.epoch)
     with model.distribute_strategy.scope() if model.distribute_strategy else nullcontext():
         if progress.epoch == first:
             checkpoints.assign(model.weights, keeper.best, "best weights")
-        jit_compile = resolve_jit(keeper.stage.settings["JIT_COMPILE"], replicas_of(model))
+        jit_compile = devices.resolve_jit(keeper.stage.settings["JIT_COMPILE"], replicas)
         compile_leg(model, leg, steps, recipe, jit_compile)
         if progress.epoch > first:
             checkpoints.assign(model.optimizer.variables, optimizer_state, "optimizer")
     try:
-        model.fit(
-            data,
-            initial_epoch=progress.epoch,
-            epochs=last,
-            steps_per_epoch=steps,
-            validation_data=recipe.validation,
-            callbacks=[keeper],
-            shuffle=False,  # the batches come in their order already
-            verbose=0 if runs.batch_mode() else 1,
-        )
+        with devices.memory_advice(f"leg {leg.name!r}"):
+            model.fit(
+                data,
+                initial_epoch=progress.epoch,
+                epochs=last,
+                steps_per_epoch=steps,
+                validation_data=devices.shared(recipe.validation, recipe.batch_size, replicas),
+                callbacks=[keeper],
+                shuffle=False,  # the data come shuffled
+                verbose=0 if runs.batch_mode() else 1,
+            )
     except LossNotFinite as error:
         progress.stopped = f"{error} Training stopped there; the best weights before are handed on."
-    except tf.errors.ResourceExhaustedError as error:
-        raise MemoryError(out_of_memory(leg)) from error
-
-
-def replicas_of(model) -> int:
-    """Over how many devices a model trains."""
-    return model.distribute_strategy.num_replicas_in_sync if model.distribute_strategy else 1
-
-
-def out_of_memory(leg: Leg) -> str:
-    """What to change when the device's memory is full, with the peak where the device tells it."""
-    peaks = [
-        f"{tf.config.experimental.get_memory_info(d.name)['peak'] / 2**30:.1f} GiB on {d.name}"
-        for d in tf.config.list_logical_devices("GPU")
-    ]
-    peak = f" (peak {', '.join(peaks)})" if peaks else ""
-    return (
-        f"The device's memory is full in leg {leg.name!r}{peak}. Lower BATCH_SIZE (on one device "
-        "with ACCUMULATION raised by the same factor, which keeps the recipe) or the image size, "
-        'or set TEACHER_PRECISION / STUDENT_PRECISION = "mixed_float16". What was trained is kept.'
-    )
 
 
 def collapsed(model, validation, best_qwk: float) -> bool:
@@ -406,9 +333,3 @@ def collapsed(model, validation, best_qwk: float) -> bool:
         return False
     predicted = model.predict(validation, verbose=0).argmax(axis=1)
     return bool(np.bincount(predicted).max() > COLLAPSED_SHARE * len(predicted))
-
-
-def rates(leg: Leg, steps: int) -> np.ndarray:
-    """The learning rate at every update of a leg of `steps` batches an epoch: float (updates,)."""
-    schedule = make_schedule(leg, steps)
-    return keras.ops.convert_to_numpy(schedule(np.arange(schedule.steps)))

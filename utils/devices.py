@@ -1,0 +1,162 @@
+"""One device or several: where a model is built, what a batch means there, when memory is full."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import keras
+import tensorflow as tf
+
+
+def strategy(devices: int = 0, names: Sequence[str] | None = None) -> tf.distribute.Strategy:
+    """Where to build and train: all GPUs by `MirroredStrategy`, or the one device there is.
+
+    Args:
+        devices: how many to use at most; 0 for all.
+        names: logical devices, such as ["CPU:0", "CPU:1"]; by default the GPUs.
+
+    Returns:
+        A strategy whose `scope()` the model must be built or loaded in. When several devices cannot
+        be set up, that is said and one is used.
+    """
+    names = list(names or [d.name for d in tf.config.list_logical_devices("GPU")])
+    there = max(1, len(names))
+    if devices > there:
+        print(f"DEVICES = {devices}, but there {'is one' if there == 1 else f'are {there}'}.")
+    names = names[:devices] if devices else names
+    if len(names) > 1:
+        try:
+            mirrored = tf.distribute.MirroredStrategy(names)
+            add_up(mirrored)
+            return mirrored
+        except (ValueError, RuntimeError, tf.errors.OpError) as error:
+            print(f"{len(names)} devices cannot be used together ({str(error)[:120]}): one is.")
+    return tf.distribute.get_strategy()
+
+
+def add_up(mirrored: tf.distribute.Strategy) -> None:
+    """Let the devices add numbers up once, as they will add gradients up in every step."""
+
+    def on_each():
+        return tf.distribute.get_replica_context().all_reduce("SUM", tf.ones(1))
+
+    tf.function(lambda: mirrored.run(on_each))()
+
+
+def replicas_of(model: keras.Model) -> int:
+    """Over how many devices a model trains."""
+    return model.distribute_strategy.num_replicas_in_sync if model.distribute_strategy else 1
+
+
+def resolve_jit(jit_compile: bool | str, replicas: int) -> bool | str:
+    """What to hand to `compile`: "auto" means off with several devices, where XLA fails.
+
+    Raises:
+        ValueError: XLA asked for by True with several devices.
+    """
+    if replicas == 1:
+        return jit_compile
+    if jit_compile is True:
+        raise ValueError(
+            f"JIT_COMPILE = True does not work with {replicas} devices (TensorFlow's "
+            'MirroredStrategy fails in the first step): use "auto", or DEVICES = 1 with XLA.'
+        )
+    return False
+
+
+def check_shares(parameter: str, batch_size: int, accumulation: int, replicas: int) -> None:
+    """Whether a global batch can be divided over the devices.
+
+    Args:
+        parameter: the batch size's name, for the message.
+        batch_size: images a batch, over all devices.
+        accumulation: batches per step.
+        replicas: how many devices.
+
+    Raises:
+        ValueError: a batch that leaves a rest, or accumulation with several devices.
+    """
+    if batch_size % replicas:
+        below = batch_size // replicas * replicas
+        nearest = f"{below} or {below + replicas}" if below else f"{replicas}"
+        raise ValueError(
+            f"{parameter} = {batch_size} cannot be divided over {replicas} devices: set it to "
+            f"{nearest}, or DEVICES = 1."
+        )
+    if replicas > 1 and accumulation > 1:
+        raise ValueError(
+            f"ACCUMULATION = {accumulation} works on one device only (Keras refuses it under "
+            f"MirroredStrategy), and there are {replicas}: set DEVICES = 1, or ACCUMULATION = 1."
+        )
+
+
+def share_size(count: int, batch_size: int, replicas: int) -> int:
+    """The largest batch size up to `batch_size` that leaves no device without an image.
+
+    Args:
+        count: images to go through once, the last batch being what remains.
+        batch_size: the size that is wanted.
+        replicas: how many devices; TensorFlow gives each ceil(batch / replicas) as long as there
+            are any, and a model fails on none.
+
+    Raises:
+        ValueError: too few images for that many devices.
+    """
+
+    def all_have_some(size: int) -> bool:
+        return size == 0 or (replicas - 1) * -(-size // replicas) < size
+
+    for size in range(min(batch_size, count), 0, -1):
+        if all_have_some(size) and all_have_some(count % size):
+            return size
+    raise ValueError(f"{count} images are too few for {replicas} devices: set DEVICES = 1.")
+
+
+def shared(batches: tf.data.Dataset, batch_size: int, replicas: int) -> tf.data.Dataset:
+    """`batches` of (x, y) cut anew, so that no device gets an empty share of the last one."""
+    if replicas == 1:
+        return batches
+    count = batches.map(lambda x, y: tf.shape(y)[0]).reduce(0, lambda total, size: total + size)
+    return batches.rebatch(share_size(int(count), batch_size, replicas))
+
+
+def synchronize_norms(model: keras.Model, on: bool) -> None:
+    """Let BatchNorm layers that train share their statistics between devices, or no longer."""
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = on
+
+
+@contextlib.contextmanager
+def memory_advice(where: str) -> Iterator[None]:
+    """Turn TensorFlow's out-of-memory errors into one that says what to change.
+
+    Raises:
+        MemoryError: the device's memory is full in `where`.
+    """
+    kinds = tf.errors.ResourceExhaustedError, tf.errors.InternalError, tf.errors.UnknownError
+    try:
+        yield
+    except kinds as error:
+        full = isinstance(error, tf.errors.ResourceExhaustedError)
+        if not full and "memory" not in str(error).lower():
+            raise
+        # TensorFlow's own traceback fills a screen and tells nothing more than its message.
+        raise MemoryError(out_of_memory(where, str(error))) from None
+
+
+def out_of_memory(where: str, reason: str = "") -> str:
+    """What to change when the device's memory is full, with the peak where the device tells it."""
+    peaks = [
+        f"{tf.config.experimental.get_memory_info(d.name)['peak'] / 2**30:.1f} GiB on {d.name}"
+        for d in tf.config.list_logical_devices("GPU")
+    ]
+    peak = f" (peak {', '.join(peaks)})" if peaks else ""
+    lines = [line.strip() for line in reason.splitlines() if "memory" in line or "OOM" in line]
+    return (
+        f"The device's memory is full in {where}{peak}. Lower BATCH_SIZE or STUDENT_BATCH_SIZE "
+        "(the teacher's on one device with ACCUMULATION raised by the same factor, which keeps the "
+        "recipe) or the image size, or set TEACHER_PRECISION / STUDENT_PRECISION = "
+        '"mixed_float16". What was trained is kept.'
+    ) + (f" TensorFlow says: {lines[0][:200]}" if lines else "")
