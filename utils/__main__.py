@@ -15,6 +15,8 @@ COMMANDS = {
     "run": ("utils.series", "run the notebooks in order, from images to the report"),
     "grade": ("utils.grading", "grade radiographs with a finished run"),
     "kaggle": ("utils.kaggle", "write folders that the kaggle client can upload"),
+    "class": ("utils.classroom", "write the copy of the series that students get"),
+    "refresh": ("utils.refresh", "give the committed notebooks the outputs of a finished run"),
 }
 
 
