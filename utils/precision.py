@@ -58,7 +58,9 @@ def precision_notes(precision: str, devices: Iterable[Mapping] = ()) -> list[str
         ]
     devices = list(devices)
     if not devices:
-        return [f"{precision} saves no time without a GPU: processors compute in float32."]
+        return [
+            f"Without a GPU, {precision} saves memory, but may cost time (notebook A1 measures)."
+        ]
     units, since = UNITS[precision]
     notes = []
     for device in devices:
