@@ -14,6 +14,7 @@ import pytest
 
 from utils import __main__ as command_line
 from utils import kaggle, parameters, preflight, runs
+from utils.folders import find_dataset
 
 DATA = "shashwatwork/knee-osteoarthritis-dataset-with-severity"
 CELLS = {
@@ -524,6 +525,34 @@ def test_a_session_that_has_everything_begins(session, capsys):
         preflight.check([notebook], VALUES, session)
     preflight.check(runs.NOTEBOOKS, VALUES, session)
     assert "2 GPU, 50 GB of disk free, the run holds 0.0 of 20 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run_type", ["Interactive", "Batch"])
+@pytest.mark.parametrize(
+    ("dataset", "notebook"),
+    [
+        ("knees", "knee-distillation-01-data"),
+        ("datasets/owner/knees", "notebooks/jane/knee-distillation-01-data"),
+    ],
+)
+def test_both_mount_layouts_and_run_types(tmp_path, monkeypatch, dataset, notebook, run_type):
+    attached, working = tmp_path / "input", tmp_path / "working"
+    for grade in "01":
+        image = attached / dataset / "train" / grade / "9000001L.png"
+        image.parent.mkdir(parents=True)
+        image.touch()
+    stage = attached / notebook / "runs" / "kaggle" / "data" / "stage.json"
+    saved = {"id": "a", "finished": True, "opened": 1.0, "seconds": 2.0}
+    runs.write_json(stage, saved)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
+    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(attached))
+    monkeypatch.setenv("KAGGLE_WORKING_ROOT", str(working))
+    assert find_dataset() == attached / dataset
+    run = runs.run_folder("runs/kaggle")
+    assert run == working / "runs" / "kaggle"
+    runs.take_up(run)
+    assert runs.read_stage(run, "01_data") == saved
+    assert stage.exists() and runs.batch_mode() is (run_type == "Batch")
 
 
 def remove(pattern):
