@@ -73,7 +73,8 @@ def made(files, pixels, labels, wanted):
 
 
 def test_calibration_and_softmax_are_inside(files, pixels, wanted):
-    for name, closeness in (("float32", 1e-5), ("float16", 5e-3), ("weights_8bit", 0.05)):
+    expected = {"float32": 1e-5, "float16": 5e-3, "weights_8bit": 0.02, "dynamic_8bit": 0.05}
+    for name, closeness in expected.items():
         interpreter, settings = litert.open_interpreter(files[name])
         assert litert.shapes(interpreter) == (32, 5)
         found = litert.predict(interpreter, pixels)
@@ -103,18 +104,33 @@ def tensors(path):
             continue  # of a run, not stored
 
 
-def test_weights_are_quantised_as_by_hand(student, files):
+@pytest.mark.parametrize("name", ["weights_8bit", "dynamic_8bit"])
+def test_weights_are_quantised_as_by_hand(name, student, files):
     """Dense weights are symmetric 8 bits: round(w / scale), scale = max |w| / 127."""
     kernel = np.asarray(student.get_layer("head").kernel).T
-    stored = [(s, t) for s, t in tensors(files["weights_8bit"]) if t.shape == (64, 64)]
+    stored = [(s, t) for s, t in tensors(files[name]) if t.shape == (64, 64) and t.dtype == np.int8]
     assert len(stored) == 1
     scales, quantised = stored[0]
-    assert quantised.dtype == np.int8
     per_row = np.abs(kernel).max(axis=1) if len(scales) > 1 else np.abs(kernel).max(keepdims=True)
-    np.testing.assert_allclose(scales, per_row.ravel() / 127, rtol=1e-4)
+    np.testing.assert_allclose(scales, per_row.ravel() / 127, rtol=1e-3)
     by_hand = np.round(kernel / scales.reshape(-1, 1))
     assert np.abs(by_hand - quantised).max() <= 1
     assert (by_hand == quantised).mean() > 0.99
+
+
+def test_weights_only_is_the_rounded_keras_model(student, files, pixels):
+    """Rounding the large weights of the Keras model itself gives the same probabilities."""
+    rounded = keras.models.clone_model(student)
+    rounded.set_weights(student.get_weights())
+    for variable in rounded.trainable_variables:
+        weights = np.asarray(variable)
+        if weights.size >= export.FEW:
+            scale = np.abs(weights).max(axis=tuple(range(weights.ndim - 1))) / 127
+            variable.assign(np.round(weights / scale) * scale)
+    logits = rounded(pixels.astype("float32")) / TEMPERATURE
+    interpreter, _ = litert.open_interpreter(files["weights_8bit"])
+    found = litert.predict(interpreter, pixels)
+    np.testing.assert_allclose(found, keras.ops.softmax(logits), atol=3e-3)
 
 
 def test_sizes_and_sidecars(files):
@@ -168,7 +184,7 @@ def test_a_file_that_nothing_runs_is_a_row_not_a_crash(tmp_path, pixels, labels,
 def test_tensorflows_interpreter_serves_where_litert_is_not(files, pixels, wanted, monkeypatch):
     monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
-    for name, closeness in (("float32", 1e-5), ("integer_8bit", 0.1)):
+    for name, closeness in (("float32", 1e-5), ("weights_8bit", 0.02), ("integer_8bit", 0.1)):
         interpreter, _ = litert.open_interpreter(files[name])
         assert type(interpreter).__module__.startswith("tensorflow")
         np.testing.assert_allclose(litert.predict(interpreter, pixels), wanted, atol=closeness)
