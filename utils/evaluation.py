@@ -153,6 +153,12 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
     return {"count": len(history), "changed_model": changed, "history": history}
 
 
+def count_openings(folder: Path) -> int:
+    """How often the test split was opened in this run."""
+    path = Path(folder) / OPENINGS
+    return len(runs.read_json(path)) if path.exists() else 0
+
+
 def opening_sentence(opening: Mapping | None) -> str:
     """What a reader must know about how often test was looked at."""
     if opening is None:
@@ -192,6 +198,12 @@ def save_predictions(path: Path, tables: Sequence[pd.DataFrame]) -> Path:
     return runs.write_atomic(
         path, lambda file: table.to_csv(file, index=False, float_format="%.8f")
     )
+
+
+def save_split(path: Path, dataset: data.Dataset) -> Path:
+    """Write which image is in which split, with patient and class, as CSV."""
+    table = dataset.manifest[["image", "patient", "split", "class", "grade"]]
+    return runs.write_atomic(path, lambda file: table.to_csv(file, index=False))
 
 
 def known_patients(dataset: data.Dataset, audit: Mapping, split: str) -> np.ndarray | None:

@@ -230,6 +230,36 @@ def study(features, labels, patients, *, draws: int = 2000, seed: int = 0) -> li
     return table
 
 
+def run_study(dataset: data.Dataset, images: int, backbone: str, weights: str, size: int) -> dict:
+    """Draw a sample, make its features, and put them through `study`.
+
+    Args:
+        images: about how many, of train and val.
+        backbone, weights, size: of the frozen network, see `frozen_features`.
+
+    Returns:
+        `{protocols, sentences, images, features, classifier}` for report.json.
+    """
+    rows = study_sample(dataset, images)
+    table = dataset.manifest.iloc[rows]
+    pixels = np.stack([folders.square(dataset.images[row, :, :, 0], size) for row in rows])[
+        ..., None
+    ]
+    features = frozen_features(pixels, dataset, backbone, weights)
+    labels, patients = table["grade"].to_numpy(), table["patient"].to_numpy(str)
+    protocols = study(features, labels, patients, seed=dataset.seed)
+    made = (
+        "thumbnails" if weights == "none" else f"frozen {backbone}, never trained on these images"
+    )
+    return {
+        "protocols": protocols,
+        "sentences": study_sentences(protocols),
+        "images": len(rows),
+        "features": made,
+        "classifier": f"support vector machine, Gaussian kernel, C = {PENALTY:g}",
+    }
+
+
 def summary(name: str, values: np.ndarray | None) -> dict:
     """Point (the first value) and interval (of the others) as plain values."""
     if values is None:

@@ -258,6 +258,32 @@ def dataset_section(dataset: data.Dataset, audit: Mapping) -> dict:
     }
 
 
+def travelling(dataset: data.Dataset, fitted: calibration.Calibration, rule: str) -> dict:
+    """What goes into a model's sidecar, see `litert.write_sidecar`, beside size and temperature."""
+    return {
+        "class_names": dataset.class_names,
+        "refer_below": fitted.refer_below,
+        "decision": rule,
+        "thresholds": list(fitted.thresholds),
+    }
+
+
+def evaluated_section(split: str, opening: Mapping | None, drawn: metrics.Resamples) -> dict:
+    """What was evaluated: the split, how often test was opened, and what the intervals draw."""
+    return {
+        "split": split,
+        "opening": evaluation.opening_sentence(opening),
+        "changed_model": bool(opening and opening["changed_model"]),
+        "intervals": {
+            "level": 0.95,
+            "method": "percentile bootstrap",
+            "resampled": drawn.unit,
+            "units": drawn.units,
+            "draws": len(drawn.weights),
+        },
+    }
+
+
 def stage_seconds(stage: runs.Stage) -> dict[str, dict[str, float]]:
     """How long each notebook of this run took, this one until now: {notebook: {seconds}}."""
     found = {}
@@ -305,3 +331,59 @@ def look(loaded: Mapping, dataset: data.Dataset, split: str, count: int, **optio
         options = {"augmentation": dataset.augmentation} | options
         found[name] = evaluation.view_logits(model, pixels, count, **options)
     return found
+
+
+def maps(loaded: Mapping, dataset: data.Dataset, split: str, rows) -> dict[str, np.ndarray]:
+    """Where teacher and student look: Grad-CAM and CBAM's spatial map of the chosen images.
+
+    Args:
+        rows: (n,) places in the split.
+
+    Returns:
+        Column title to float32 (n, S, S), S the model's own size.
+    """
+    from utils import explain
+
+    found = {}
+    for name in ("teacher", "student"):
+        pixels = dataset.pixels(split, loaded[name].inputs[0].shape[1])[rows]
+        found[f"{name}\nGrad-CAM"] = explain.grad_cam(loaded[name], pixels)
+        found[f"{name}\nattention"] = explain.spatial_attention(loaded[name], pixels)
+    return found
+
+
+def deletion_checks(
+    loaded: Mapping, dataset: data.Dataset, split: str, fitted: Mapping, patients, images: int = 200
+) -> dict[str, dict]:
+    """Whether Grad-CAM of teacher and student means something, on the first images of a split.
+
+    A model whose maps have no peak (its last grid is a single cell, at 32 px) is left out.
+    """
+    from utils import explain
+
+    found = {}
+    for name in ("teacher", "student"):
+        model = loaded[name]
+        pixels = dataset.pixels(split, model.inputs[0].shape[1])[:images]
+        maps = explain.grad_cam(model, pixels)
+        if np.ptp(maps, axis=(1, 2)).max() == 0:
+            continue
+        found[name] = explain.deletion_check(
+            model,
+            pixels,
+            maps,
+            temperature=fitted[name].temperature,
+            patients=None if patients is None else patients[:images],
+            seed=dataset.seed,
+        )
+    return found
+
+
+def deletion_table(checks: Mapping[str, Mapping]) -> pd.DataFrame:
+    """The deletion checks as `plots.deletion` wants them."""
+    rows = [
+        (name, f"{kind} tenth", found[f"{kind}_fall"], *found[f"{kind}_fall_ci95"])
+        for name, found in checks.items()
+        for kind in ("hottest", "random")
+    ]
+    return pd.DataFrame(rows, columns=["model", "hidden", "value", "low", "high"])
