@@ -78,7 +78,7 @@ def view_logits(
     """Logits of every test-time view of every image, in one compiled pass.
 
     Args:
-        model: takes float32 (B, S, S, 1), 0 to 255; compiled anew here, without a loss.
+        model: takes float32 (B, S, S, 1), 0 to 255; compiled here, without a loss, if it is not.
         pixels: uint8 (n, S, S, 1), n >= 1.
         count: number of views, see `test_time_parameters`.
         batch_size: images times views in a batch, at least one image with all its views.
@@ -102,7 +102,9 @@ def view_logits(
 
     starts = tf.data.Dataset.range(0, len(padded), images)
     batches = starts.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
-    model.compile(jit_compile=resolve_jit(jit_compile))
+    jit_compile = resolve_jit(jit_compile)
+    if not model.compiled or model.jit_compile != jit_compile:  # compiled once for all splits
+        model.compile(jit_compile=jit_compile)
     logits = model.predict(batches, verbose=0)
     return logits.reshape(len(padded), count, -1)[: len(pixels)].astype(np.float32)
 

@@ -305,9 +305,13 @@ def sentence(found: Mapping, subject: str, reference: str) -> str:
         verb = "gains"
     if found["figure"] in COSTS:
         verb = {"gives up": "adds", "gains": "takes off"}[verb]
-    words = f"{change:.{digits}f} {unit}({low:.{digits}f} to {high:.{digits}f})"
+    change, low, high = (round(end, digits) + 0.0 for end in (change, low, high))  # no "-0.0"
+    between = f"({low:.{digits}f} to {high:.{digits}f})"
+    if change == 0:
+        return f"{subject} and {reference} are level in {name}: 0 {unit}{between}"
     unsure = "" if low > 0 or high < 0 else "; the interval holds zero"
-    return f"{subject} {verb} {words} of {name} against {reference}{unsure}"
+    words = f"{subject} {verb} {change:.{digits}f} {unit}{between} of {name}"
+    return f"{words} against {reference}{unsure}"
 
 
 def plain(value):
