@@ -1,86 +1,23 @@
 """Training: resume, time limit, collapse, losses that are not finite, several devices."""
 
 import dataclasses
+import errno
+import shutil
 import time
 
-import keras
 import numpy as np
 import pytest
+import standins
 import tensorflow as tf
+from standins import CLASSES, make_images, make_legs, make_model, make_recipe, without_times
 
-from utils import checkpoints, devices, models, objectives, runs, training, views
-
-CLASSES, SIZE, COUNT = 3, 16, 24
-AUGMENTATION = {"flip": True, "shift": 0.1, "brightness": 0.1}
-
-
-def make_images(seed=0):
-    """Images whose brightness is their class, noisy: uint8 (n, S, S, 1), and labels (n,)."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(COUNT) % CLASSES
-    pixels = 60 + 60 * labels[:, None, None, None] + rng.normal(0, 20, (COUNT, SIZE, SIZE, 1))
-    return pixels.clip(0, 255).astype("uint8"), labels
-
-
-def make_model(dropout=0.3, seed=1):
-    """A backbone of two convolutions inside the series' naming, quick to compile."""
-    keras.utils.set_random_seed(seed)
-    inside = keras.Input((SIZE, SIZE, 3))
-    x = keras.layers.Rescaling(1 / 255)(inside)
-    x = keras.layers.Conv2D(4, 3, strides=2, name="block1a_conv")(x)
-    x = keras.layers.BatchNormalization(name="block1a_bn")(x)
-    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", name="block2a_conv")(x)
-    backbone = keras.Model(inside, x, name="backbone")
-    image = keras.Input((SIZE, SIZE, 1))
-    y = backbone(keras.layers.Concatenate()([image, image, image]))
-    y = keras.layers.GlobalAveragePooling2D(name="pool")(y)
-    y = keras.layers.Dropout(dropout, seed=seed)(y)
-    return keras.Model(image, keras.layers.Dense(CLASSES, name="logits")(y))
-
-
-def make_recipe(legs, pixels_and_labels=None, batch_size=8, drawing=None):
-    pixels, labels = pixels_and_labels or make_images()
-    targets = objectives.hard_targets(labels, CLASSES)
-    last = sum(leg.epochs for leg in legs)
-
-    def batches(first_epoch):
-        return views.training_batches(
-            pixels,
-            targets,
-            batch_size=batch_size,
-            epochs=last,
-            first_epoch=first_epoch,
-            seed=3,
-            augmentation=AUGMENTATION if drawing is None else drawing,
-        )
-
-    return training.Recipe(
-        legs,
-        batches,
-        views.evaluation_batches(pixels, targets, batch_size),
-        objectives.HardLoss(),
-        lambda: [objectives.Accuracy(CLASSES), objectives.QuadraticWeightedKappa(CLASSES)],
-        batch_size,
-    )
-
-
-def make_legs(head=2, whole=3, rate=0.01):
-    return [
-        training.Leg("head", "head", head, rate, pretrained=True, warmup_epochs=1),
-        training.Leg("all", "all", whole, rate, pretrained=False, restarts=1),
-    ]
+from utils import checkpoints, devices, models, objectives, runs, training
 
 
 @pytest.fixture
 def make_stage(tmp_path):
-    def make(name="run", key="k", deadline=float("inf")):
-        run = tmp_path / name
-        saved = {"id": key, "finished": False, "stopped": None, "seconds": 0.0, "facts": {}}
-        if not (run / "teacher/phase_1/stage.json").exists():
-            runs.write_json(run / "teacher/phase_1/stage.json", saved)
-        saved = runs.read_json(run / "teacher/phase_1/stage.json")
-        settings = {"JIT_COMPILE": "auto"}
-        return runs.Stage("02_teacher_phase_1", run, settings, saved, deadline, planned={})
+    def make(name="run", **changes):
+        return standins.make_stage(tmp_path / name, **changes)
 
     return make
 
@@ -97,79 +34,73 @@ class StopAfter(training.Keeper):
             raise KeyboardInterrupt
 
 
-def run_with_stops(monkeypatch, make_stage, name, stops, before_each=lambda folder: None):
+def run_with_stops(make_stage, name, stops, before_each=lambda folder: None):
     """Train to the end, dying after each number of epochs in `stops`."""
-    monkeypatch.setattr(training, "Keeper", StopAfter)
-    for left in [*stops, 10**9]:
-        StopAfter.left = left
-        stage = make_stage(name)
-        before_each(stage.folder)
-        model = make_model()
-        try:
-            result = training.train(stage, "teacher", model, make_recipe(make_legs()))
-        except KeyboardInterrupt:
-            continue
-        return result, model.get_weights(), stage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Keeper", StopAfter)
+        for left in [*stops, 10**9]:
+            StopAfter.left = left
+            stage = make_stage(name)
+            before_each(stage.folder)
+            model = make_model()
+            try:
+                result = training.train(stage, "teacher", model, make_recipe(make_legs()))
+            except KeyboardInterrupt:
+                continue
+            return result, model.get_weights(), stage
     raise AssertionError("it never ended")
 
 
-def without_times(history):
-    return history.drop(columns="seconds").round(6)
-
-
 @pytest.fixture(scope="module")
-def deterministic():
+def undisturbed(tmp_path_factory):
+    """Result, weights and stage of a training that nothing disturbs; everything deterministic."""
     tf.config.experimental.enable_op_determinism()
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run_with_stops(lambda name: standins.make_stage(folder / name), "run", [])
 
 
-@pytest.mark.parametrize("stops", [[1], [2], [3, 1], [1, 1, 1, 1]])
-def test_a_training_that_was_killed_ends_like_one_that_was_not(
-    monkeypatch, make_stage, deterministic, stops
-):
-    whole, weights, _ = run_with_stops(monkeypatch, make_stage, "whole", [])
-    pieces, weights_again, _ = run_with_stops(monkeypatch, make_stage, "pieces", stops)
-    assert list(pieces.history["epoch"]) == [1, 2, 3, 4, 5]
-    assert without_times(whole.history).equals(without_times(pieces.history))
-    for one, other in zip(weights, weights_again, strict=True):
-        np.testing.assert_array_equal(one, other)
+def assert_same_end(one, other):
+    (result, weights, _), (result_again, weights_again, _) = one, other
+    assert list(result_again.history["epoch"]) == [1, 2, 3, 4, 5]
+    assert without_times(result.history).equals(without_times(result_again.history))
+    for array, again in zip(weights, weights_again, strict=True):
+        np.testing.assert_array_equal(array, again)
 
 
-def test_a_damaged_checkpoint_is_passed_over(monkeypatch, make_stage, deterministic, capsys):
-    whole, weights, _ = run_with_stops(monkeypatch, make_stage, "whole", [])
+@pytest.mark.parametrize("stops", [[2], [1, 1, 1, 1]])
+def test_a_training_that_was_killed_ends_like_one_that_was_not(make_stage, undisturbed, stops):
+    assert_same_end(undisturbed, run_with_stops(make_stage, "pieces", stops))
 
+
+def test_a_damaged_checkpoint_is_passed_over(make_stage, undisturbed, capsys):
     def truncate(folder):
         path = folder / "teacher.checkpoint.npz"
         if path.exists():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    pieces, weights_again, _ = run_with_stops(monkeypatch, make_stage, "torn", [3], truncate)
+    assert_same_end(undisturbed, run_with_stops(make_stage, "torn", [3], truncate))
     assert "passed over" in capsys.readouterr().out
-    assert without_times(whole.history).equals(without_times(pieces.history))
-    for one, other in zip(weights, weights_again, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
-def test_another_runs_checkpoint_is_refused_and_left(monkeypatch, make_stage):
-    monkeypatch.setattr(training, "Keeper", StopAfter)
-    StopAfter.left = 1
-    stage = make_stage("mine")
-    with pytest.raises(KeyboardInterrupt):
-        training.train(stage, "teacher", make_model(), make_recipe(make_legs()))
+def test_another_runs_checkpoint_is_refused_and_left(make_stage):
+    stage = make_stage()
     path = stage.folder / "teacher.checkpoint.npz"
+    checkpoints.save(path, checkpoints.Progress("another"), {"best": [np.arange(3)]})
     before = path.read_bytes()
-    stage.saved["id"] = "another"
-    with pytest.raises(runs.StageError, match="another run"):
+    with pytest.raises(runs.StageError, match=r"another run.*left where it is"):
         training.train(stage, "teacher", make_model(), make_recipe(make_legs()))
     assert path.read_bytes() == before
 
 
-def test_a_finished_training_is_loaded_not_repeated(monkeypatch, make_stage):
-    result, weights, stage = run_with_stops(monkeypatch, make_stage, "run", [])
+def test_a_finished_training_is_loaded_not_repeated(undisturbed, monkeypatch):
+    result, weights, stage = undisturbed
     assert not list(stage.folder.glob("*.npz")), "the model holds what the checkpoint held"
-    StopAfter.left = 1  # an epoch trained again would end in KeyboardInterrupt
+    left = stage.folder / "teacher.checkpoint.npz"
+    left.write_bytes(b"")  # killed before it was removed
     model = make_model(seed=2)
-    again = training.train(make_stage("run"), "teacher", model, make_recipe(make_legs()))
-    assert again.best_epoch == result.best_epoch
+    monkeypatch.setattr(model, "fit", None)
+    again = training.train(stage, "teacher", model, make_recipe(make_legs()))
+    assert again.best_epoch == result.best_epoch and not left.exists()
     for one, other in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -184,9 +115,8 @@ class OutOfTime(training.Keeper):
 
 
 def test_time_limit_stops_at_an_epochs_end_and_a_new_session_goes_on(
-    monkeypatch, make_stage, deterministic, capsys
+    monkeypatch, make_stage, undisturbed, capsys
 ):
-    whole, weights, _ = run_with_stops(monkeypatch, make_stage, "whole", [])
     stage = make_stage("run", deadline=time.time() + 3600)
     with monkeypatch.context() as patch:
         patch.setattr(training, "Keeper", OutOfTime)
@@ -195,11 +125,7 @@ def test_time_limit_stops_at_an_epochs_end_and_a_new_session_goes_on(
     assert stage.paused and "2 of 5 epochs fitted into the time" in stage.saved["stopped"]
     assert "go on when run again" in capsys.readouterr().out
     assert not (stage.folder / "teacher.keras").exists()
-    result, weights_again, _ = run_with_stops(monkeypatch, make_stage, "run", [])
-    assert result.complete
-    assert without_times(whole.history).equals(without_times(result.history))
-    for one, other in zip(weights, weights_again, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same_end(undisturbed, run_with_stops(make_stage, "run", []))
 
 
 def test_out_of_time_before_the_first_epoch_trains_nothing(make_stage):
@@ -208,16 +134,28 @@ def test_out_of_time_before_the_first_epoch_trains_nothing(make_stage):
     assert not result.complete and result.history.empty
 
 
-def test_the_best_epoch_is_handed_on(monkeypatch, make_stage):
-    result, _, stage = run_with_stops(monkeypatch, make_stage, "run", [])
+def test_the_best_epoch_is_handed_on(undisturbed):
+    result, _, stage = undisturbed
     best = result.history.loc[result.history["val_qwk"].idxmax()]
     assert result.best_epoch == best["epoch"]
     model = models.load(stage.folder / "teacher.keras")
-    recipe = make_recipe(make_legs())
     metric = objectives.QuadraticWeightedKappa(CLASSES)
-    for x, y in recipe.validation:
+    for x, y in make_recipe(make_legs()).validation:
         metric.update_state(y, model(x))
     assert float(metric.result()) == pytest.approx(best["val_qwk"], abs=1e-5)
+
+
+def test_a_try_that_failed_leaves_the_model_as_it_came(make_stage):
+    model = make_model()
+    start = model.get_weights()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Keeper", StopAfter)
+        StopAfter.left = 1
+        legs = [training.Leg("all", "all", 3, 0.05, pretrained=False)]
+        with pytest.raises(KeyboardInterrupt):
+            training.train(make_stage(), "teacher", model, make_recipe(legs))
+    for one, other in zip(start, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_best(make_stage):
@@ -236,6 +174,23 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_best(make_stage):
     assert result.complete and len(result.history) == 1
     assert "epoch 2, batch 2" in result.notes[0]
     assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+def test_weights_that_the_last_batch_spoilt_are_never_the_best(make_stage, monkeypatch):
+    model = make_model()
+    start = model.get_weights()
+    recipe = make_recipe([training.Leg("all", "all", 3, 0.01, pretrained=False)])
+    x, y = next(iter(recipe.validation))
+    validation = tf.data.Dataset.from_tensors((x * np.nan, y))
+    monkeypatch.setattr(training, "collapsed", lambda *_: False)
+    recipe = dataclasses.replace(recipe, validation=validation)
+    result = training.train(make_stage(), "teacher", model, recipe)
+    assert result.complete and result.best_epoch == 0 and result.history.empty
+    assert "validation loss is nan after epoch 1" in result.notes[0]
+    for one, other in zip(start, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    again = training.train(make_stage(), "teacher", model, recipe)
+    assert list(again.history.columns) == training.COLUMNS and again.history.empty
 
 
 def test_a_collapse_hands_on_the_weights_it_started_from(make_stage):
@@ -258,8 +213,25 @@ def test_out_of_memory_names_what_to_change(monkeypatch, make_stage):
 
     model = make_model()
     monkeypatch.setattr(model, "fit", full)
-    with pytest.raises(MemoryError, match=r"BATCH_SIZE.*ACCUMULATION.*mixed_float16"):
+    with pytest.raises(MemoryError, match=r"leg 'head'.*BATCH_SIZE.*ACCUMULATION.*mixed_float16"):
         training.train(make_stage("run"), "teacher", model, make_recipe(make_legs()))
+
+
+def test_only_errors_about_memory_become_memory_errors():
+    with pytest.raises(tf.errors.InternalError), devices.memory_advice("a leg"):
+        raise tf.errors.InternalError(None, None, "a bug")
+    with pytest.raises(MemoryError, match="a leg"), devices.memory_advice("a leg"):
+        raise tf.errors.InternalError(None, None, "Failed to allocate memory")
+
+
+def test_a_disk_without_room_is_said_before_the_first_epoch(make_stage, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    model = make_model()
+    monkeypatch.setattr(model, "fit", None)
+    with pytest.raises(OSError, match=r"No room to train.*0.0 GB are free") as caught:
+        training.train(make_stage(), "teacher", model, make_recipe(make_legs()))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_frozen_parts_do_not_move(make_stage):
@@ -295,8 +267,33 @@ def test_checkpoint_keeps_the_one_before(tmp_path):
     progress, groups = checkpoints.load(path, "k")
     assert progress.epoch == 1
     np.testing.assert_array_equal(groups["best"][0], np.arange(3))
+    checkpoints.save(path, checkpoints.Progress("k", epoch=2), {})
+    path.write_bytes(b"no archive")
+    assert checkpoints.load(path, "k")[0].epoch == 1, "the damaged one took the whole one's place"
     checkpoints.previous(path).write_bytes(b"")
     assert checkpoints.load(path, "k") is None
+    checkpoints.remove(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_damaged_anywhere_is_passed_over_or_right(tmp_path):
+    path = tmp_path / "teacher.checkpoint.npz"
+    arrays = {"model": [np.arange(500.0), np.ones((3, 4), "float32")], "best": [np.zeros(2)]}
+    checkpoints.save(path, checkpoints.Progress("k", epoch=1), arrays)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        torn = bytearray(whole)
+        for at in rng.integers(0, len(torn), rng.integers(1, 4)):
+            torn[at] ^= 1 << rng.integers(8)
+        path.write_bytes(torn[: rng.integers(1, 2 * len(torn))])
+        try:
+            found = checkpoints.load(path, "k")
+        except runs.StageError:
+            continue  # a key that does not match
+        if found:
+            for group, expected in arrays.items():
+                for array, other in zip(found[1][group], expected, strict=True):
+                    np.testing.assert_array_equal(array, other)
 
 
 def test_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

@@ -112,6 +112,9 @@ RULES = {
     r"(HARD_WEIGHT|TARGET_ACCURACY)": within(0, 1),
     r"(TEST_)?VIEWS": within(1, 10_000),
     r"BOOTSTRAP": within(100, 1_000_000),
+    r"POSITIVE_FROM": within(1, 1000),
+    r"COVERAGE": within(0, 1, above=True),
+    r"LEAK_IMAGES": within(50, 1_000_000),
     r"SEED": within(0, 2**31 - 1),
 }
 
