@@ -213,7 +213,8 @@ def scales_on_image(
         ax.hlines(edges, -0.5, size - 0.5, color="white", lw=0.5, alpha=strength)
         ax.vlines(edges, -0.5, size - 0.5, color="white", lw=0.5, alpha=strength)
         corner = size // stride // 2 * stride - 0.5
-        ax.add_patch(Rectangle((corner, corner), stride, stride, color=COLORS[1]))
+        cell = Rectangle((corner, corner), stride, stride, color=COLORS[1], alpha=0.6, lw=0)
+        ax.add_patch(cell)
         text = f"stride {stride}: {size // stride} by {size // stride} cells"
         if receptive_fields is not None:
             sees = receptive_fields[number]
