@@ -30,7 +30,7 @@ def thumbnails(pixels: np.ndarray) -> np.ndarray:
     """Tiny images of mean 0 and variance 1, so that exposure does not count.
 
     Args:
-        pixels: uint8 (n, S, S, 1).
+        pixels: uint8 or float32 (n, S, S, 1), 0 to 255.
 
     Returns:
         float32 (n, 256).

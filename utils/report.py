@@ -305,7 +305,7 @@ def write(stage: runs.Stage, **sections) -> dict:
     """
     found = {
         **sections,
-        "human_readers": {"note": READERS_NOTE, "rows": list(HUMAN_READERS)},
+        "human_readers": {"note": READERS_NOTE, "rows": [dict(row) for row in HUMAN_READERS]},
         "stages": stage_seconds(stage),
         "environment": runs.environment(),
     }
