@@ -65,13 +65,16 @@ def export(
         raise ValueError(f"Temperature {temperature} must be above 0.")
     if "integer_8bit" in formats and (calibration is None or not len(calibration)):
         raise ValueError("integer_8bit needs calibration images from train, uint8 (n, S, S, 1).")
-    files = {}
+    files, converted = {}, {}
     # By way of Keras's own SavedModel: handed the function alone, the converter of TF 2.21 leaves
     # the weights out without a word.
     with tempfile.TemporaryDirectory() as saved:
         _save_graph(model, temperature, saved)
         for name in formats:
-            content = bytes(_converter(saved, name, calibration).convert())
+            base = "float16" if name == "weights_8bit" else name
+            if base not in converted:  # a conversion takes many seconds
+                converted[base] = bytes(_converter(saved, base, calibration).convert())
+            content = converted[base]
             content = weights_in_8_bits(content) if name == "weights_8bit" else content
             path = Path(folder) / f"student_{name}.tflite"
             files[name] = runs.write_atomic(path, lambda part, c=content: part.write_bytes(c))
@@ -98,7 +101,7 @@ def _converter(saved: str, name: str, calibration: np.ndarray | None) -> tf.lite
     converter = tf.lite.TFLiteConverter.from_saved_model(saved)
     if name != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if name in ("float16", "weights_8bit"):
+    if name == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if name == "integer_8bit":
         spaced = calibration[:: -(-len(calibration) // CALIBRATION)]
