@@ -2,7 +2,9 @@
 
 Patients share severity and reading difficulty between their two knees, as real ones do. By hand:
 `python -m tests.coverage_simulation 2000 400` (trials, patients); `test_metrics.py` runs a short
-one.
+one. In those 2,000 trials the intervals over patients held the truth in 93.5 to 95.1 % for all 22
+figures (accuracy 95.1, QWK 93.9); over images, as if the knees were strangers, in 88.0 to 93.5 %
+(accuracy 90.3, QWK 88.0).
 """
 
 import sys
@@ -59,4 +61,4 @@ def coverage(trials: int, patients: int, draws: int = 500, seed: int = 0) -> dic
 if __name__ == "__main__":
     found = coverage(*map(int, sys.argv[1:]))
     for name in found["patients"]:
-        print(f"{name:20} patients {found['patients'][name]:.3f} images {found['images'][name]:.3f}")
+        print(f"{name:20}", *(f"{unit} {found[unit][name]:.3f}" for unit in found))
