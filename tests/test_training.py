@@ -181,8 +181,8 @@ def test_weights_that_the_last_batch_spoilt_are_never_the_best(make_stage, monke
     start = model.get_weights()
     recipe = make_recipe([training.Leg("all", "all", 3, 0.01, pretrained=False)])
     x, y = next(iter(recipe.validation))
-    validation = tf.data.Dataset.from_tensors((x * np.nan, y))
-    monkeypatch.setattr(training, "collapsed", lambda *_: False)
+    validation = tf.data.Dataset.from_tensors((x, y * np.nan))
+    monkeypatch.setattr(training, "one_class", lambda *_: False)
     recipe = dataclasses.replace(recipe, validation=validation)
     result = training.train(make_stage(), "teacher", model, recipe)
     assert result.complete and result.best_epoch == 0 and result.history.empty
@@ -193,18 +193,35 @@ def test_weights_that_the_last_batch_spoilt_are_never_the_best(make_stage, monke
     assert list(again.history.columns) == training.COLUMNS and again.history.empty
 
 
-def test_a_collapse_hands_on_the_weights_it_started_from(make_stage):
+def collapsing_recipe():
+    """Training images that tell nothing and a rate that ruins, judged on images that tell all."""
+    pixels, labels = make_images()
+    legs = [training.Leg("all", "all", 1, 0.9, pretrained=False)]
+    blind = make_recipe(legs, (np.full_like(pixels, 100), np.zeros_like(labels)))
+    return dataclasses.replace(blind, validation=make_recipe(legs).validation)
+
+
+def test_a_collapse_hands_on_the_weights_it_started_from(monkeypatch, make_stage):
     model = make_model()
     start = model.get_weights()
-    pixels, labels = make_images()
-    recipe = make_recipe(
-        [training.Leg("all", "all", 2, 0.9, pretrained=False)],
-        (np.full_like(pixels, 100), labels),  # nothing to tell the classes by
-    )
-    result = training.train(make_stage("run"), "teacher", model, recipe)
-    assert result.best_epoch == 0 and "one class" in result.notes[0]
+    # The untrained model stands in for one that tells classes apart; what it becomes does not.
+    told = iter([True, False])
+    monkeypatch.setattr(training, "one_class", lambda *_: next(told))
+    result = training.train(make_stage("run"), "teacher", model, collapsing_recipe())
+    assert result.best_epoch == 0 and "started from are handed on" in result.notes[0]
     for one, other in zip(start, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_collapse_from_nothing_better_keeps_what_was_learned(make_stage):
+    model = make_model()
+    logits = model.get_layer("logits")
+    logits.set_weights([logits.get_weights()[0] * 0, np.array([1.0, 0, 0])])  # says one class
+    start = model.get_weights()
+    result = training.train(make_stage("run"), "teacher", model, collapsing_recipe())
+    assert result.best_epoch == 1 and "as it began" in result.notes[0]
+    moved = [np.abs(a - b).max() for a, b in zip(start, model.get_weights(), strict=True)]
+    assert max(moved) > 0
 
 
 def test_out_of_memory_names_what_to_change(monkeypatch, make_stage):

@@ -121,6 +121,36 @@ def shared(batches: tf.data.Dataset, batch_size: int, replicas: int) -> tf.data.
     return batches.rebatch(share_size(int(count), batch_size, replicas))
 
 
+class SumFirst:
+    """Lets an optimizer see the whole batch's gradient: the sum over all devices.
+
+    Keras sums later, so that it clips each device's share on its own, and skips a step under
+    float16 only where the first device's share has overflown (3.13 to 3.15).
+    """
+
+    def apply(self, grads, trainable_variables=None):
+        context = tf.distribute.get_replica_context()
+        there = [gradient for gradient in grads if gradient is not None]
+        total = iter(context.all_reduce("SUM", there))
+        grads = [gradient if gradient is None else next(total) for gradient in grads]
+        super().apply(grads, trainable_variables)
+
+
+class PlainAdamW(keras.optimizers.AdamW):
+    """AdamW for gradients that were summed over the devices before."""
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        return grads_and_vars
+
+
+class SharedAdamW(SumFirst, PlainAdamW):
+    """AdamW for several devices."""
+
+
+class SharedLossScale(SumFirst, keras.optimizers.LossScaleOptimizer):
+    """Loss scaling for several devices, around a `PlainAdamW`."""
+
+
 def synchronize_norms(model: keras.Model, on: bool) -> None:
     """Let BatchNorm layers that train share their statistics between devices, or no longer."""
     for layer in model._flatten_layers(include_self=False):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
+from keras.optimizers import AdamW, LossScaleOptimizer
+
+from utils import devices
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,26 @@ def make_schedule(leg: Leg, steps: int) -> WarmUpCosine:
     return WarmUpCosine(leg.learning_rate, leg.epochs * updates, int(warmup), leg.restarts)
 
 
-def make_optimizer(leg: Leg, steps: int) -> keras.optimizers.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) for one leg of `steps` batches an epoch."""
-    accumulation = leg.accumulation if leg.accumulation > 1 else None
-    optimizer = keras.optimizers.AdamW(
+def make_optimizer(
+    leg: Leg, steps: int, *, float16: bool = False, replicas: int = 1
+) -> keras.optimizers.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) for one leg of `steps` batches an epoch.
+
+    float16: whether the loss is scaled, by Keras's own `LossScaleOptimizer`.
+    replicas: how many devices share the batch.
+    """
+    shared = replicas > 1
+    kind = (devices.PlainAdamW if float16 else devices.SharedAdamW) if shared else AdamW
+    optimizer = kind(
         make_schedule(leg, steps),
         weight_decay=leg.weight_decay,
         global_clipnorm=1.0,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=leg.accumulation if leg.accumulation > 1 else None,
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
+    if not float16:
+        return optimizer
+    return (devices.SharedLossScale if shared else LossScaleOptimizer)(optimizer)
 
 
 def rates(leg: Leg, steps: int) -> np.ndarray:

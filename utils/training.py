@@ -61,9 +61,9 @@ def compile_leg(model, leg: Leg, steps: int, recipe: Recipe, jit_compile) -> Non
     Under float16 the loss is scaled by Keras's own `LossScaleOptimizer`.
     """
     models.set_trainable(model, leg.part, pretrained=leg.pretrained, unfreeze=leg.unfreeze)
-    optimizer = make_optimizer(leg, steps)
-    if any(layer.compute_dtype == "float16" for layer in model.layers):
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    float16 = any(layer.compute_dtype == "float16" for layer in model.layers)
+    replicas = devices.replicas_of(model)
+    optimizer = make_optimizer(leg, steps, float16=float16, replicas=replicas)
     model.compile(
         optimizer,
         recipe.loss,
@@ -194,7 +194,8 @@ def train(
     Returns:
         A `Training`; the model has the weights of the best epoch by `val_qwk`. One that was
         complete before is only loaded. After a collapse into one class, or when the loss was not
-        finite in the first epoch, the model has the weights that it came with.
+        finite in the first epoch, the model has the weights that it came with, unless those name
+        one class too, as random ones do.
 
     Raises:
         ValueError: model, data and devices do not fit each other.
@@ -227,10 +228,15 @@ def train(
     notes = [progress.stopped] if progress.stopped else []
     checkpoints.assign(model.weights, best, "best weights")
     validation = devices.shared(recipe.validation, recipe.batch_size, replicas)
-    if collapsed(model, validation, progress.best_qwk):
-        notes.append("It ended in one class: the weights that it started from are handed on.")
+    if progress.best_qwk < COLLAPSED_QWK and one_class(model, validation):
+        learned = checkpoints.arrays_of(model.variables)
         checkpoints.assign(model.variables, start, "first weights")
-        progress.best_epoch = 0
+        if one_class(model, validation):
+            notes.append("It ended in one class, as it began: what it learned is handed on.")
+            checkpoints.assign(model.variables, learned, "best weights")
+        else:
+            notes.append("It ended in one class: the weights that it started from are handed on.")
+            progress.best_epoch = 0
     models.save(model, target)
     facts = {"best_epoch": progress.best_epoch, "notes": notes, "devices": replicas}
     facts |= {"batch": recipe.batch_size, "batch_per_device": recipe.batch_size // replicas}
@@ -327,9 +333,7 @@ def run_leg(keeper: Keeper, model, recipe: Recipe, optimizer_state) -> None:
         progress.stopped = f"{error} Training stopped there; the best weights before are handed on."
 
 
-def collapsed(model, validation, best_qwk: float) -> bool:
-    """Whether over 95 % of the predictions are one class and the best val QWK is under 0.05."""
-    if best_qwk >= COLLAPSED_QWK:
-        return False
+def one_class(model, validation) -> bool:
+    """Whether over 95 % of the predictions are one class."""
     predicted = model.predict(validation, verbose=0).argmax(axis=1)
     return bool(np.bincount(predicted).max() > COLLAPSED_SHARE * len(predicted))
