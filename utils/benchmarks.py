@@ -149,6 +149,8 @@ def input_rates(pixels, labels, seconds: float, rounds: int = 2) -> dict[str, fl
         for _ in range(rounds):
             for name, batches in ways.items():
                 found[name].append(rate(batches, seconds))
+        ways.clear()  # they read ahead, and the files go now
+        del batches
     return {name: round(float(np.median(values)), 1) for name, values in found.items()}
 
 
