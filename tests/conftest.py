@@ -1,4 +1,4 @@
-"""What every test shares: quiet TensorFlow, a small phantom dataset, and no leaking dtype policy."""
+"""What every test shares: quiet TensorFlow, a small phantom dataset, no leaking dtype policy."""
 
 import os
 
@@ -20,7 +20,7 @@ def phantom_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def restore_policy():
-    """Give every test the dtype policy it started with: `clear_session` and precision tests move it."""
+    """Put the dtype policy back after every test: `clear_session` and precision tests move it."""
     yield
     if "keras" in sys.modules:
         import keras

@@ -22,7 +22,7 @@ def make_model(dropout=0.3, seed=1):
     keras.utils.set_random_seed(seed)
     inside = keras.Input((SIZE, SIZE, 3))
     x = keras.layers.Rescaling(1 / 255)(inside)
-    x = keras.layers.Conv2D(4, 3, strides=2, name="block1a_conv")(x)
+    x = keras.layers.Conv2D(4, 3, strides=2, use_bias=False, name="block1a_conv")(x)
     x = keras.layers.BatchNormalization(name="block1a_bn")(x)
     x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", name="block2a_conv")(x)
     backbone = keras.Model(inside, x, name="backbone")

@@ -1,5 +1,7 @@
 """Notebook A2's measurements do what they say; nothing here is timed."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -51,6 +53,11 @@ def test_the_formula_at_full_size_and_for_three_students():
 
 def test_as_many_views_as_epochs_cost_what_online_costs():
     assert distillation_cost.cost_ratio(5, 5, 3.0, 1.0) == 1
+
+
+def test_a_rest_of_images_is_refused_for_it_would_flatter_the_peer(setting):
+    with pytest.raises(ValueError, match="do not fill batches of 9"):
+        dataclasses.replace(setting, batch_size=9)
 
 
 def test_a_warm_up_leaves_no_trace(setting, ours, online):

@@ -167,7 +167,7 @@ def test_a_kernel_that_goes_on_without_its_earlier_output_ends_at_once(rehearse)
 @pytest.mark.parametrize(
     ("notebook", "missing", "said"),
     [
-        ("01_data", "code", "StopIteration"),
+        ("01_data", "code", "Add Input > Datasets > knee-distillation-code"),
         ("02_teacher_phase_1", "kernel", "output of 01_data"),
     ],
 )

@@ -136,7 +136,7 @@ def test_out_of_time_before_the_first_epoch_trains_nothing(make_stage):
 
 def test_the_best_epoch_is_handed_on(undisturbed):
     result, _, stage = undisturbed
-    best = result.history.loc[result.history["val_qwk"].idxmax()]
+    best = result.history.sort_values(["val_qwk", "val_loss"], ascending=[False, True]).iloc[0]
     assert result.best_epoch == best["epoch"]
     model = models.load(stage.folder / "teacher.keras")
     metric = objectives.QuadraticWeightedKappa(CLASSES)

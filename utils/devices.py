@@ -117,8 +117,11 @@ def shared(batches: tf.data.Dataset, batch_size: int, replicas: int) -> tf.data.
     """`batches` of (x, y) cut anew, so that no device gets an empty share of the last one."""
     if replicas == 1:
         return batches
-    count = batches.map(lambda x, y: tf.shape(y)[0]).reduce(0, lambda total, size: total + size)
-    return batches.rebatch(share_size(int(count), batch_size, replicas))
+    sizes = batches.map(lambda x, y: tf.shape(y)[0])
+    count = int(sizes.reduce(0, lambda total, size: total + size))
+    size = share_size(count, batch_size, replicas)
+    known = tf.data.experimental.assert_cardinality(-(-count // size))  # lest Keras warns
+    return batches.rebatch(size).apply(known)
 
 
 class SumFirst:

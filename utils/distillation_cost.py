@@ -35,6 +35,9 @@ class Setting:
         teacher: trained; gives logits.
         student: makes a student, alike at every call.
         epochs, views: E and V.
+
+    Raises:
+        ValueError: images that do not fill whole batches; an epoch would leave the rest out.
     """
 
     dataset: data.Dataset
@@ -46,6 +49,14 @@ class Setting:
     temperature: float = 4.0
     hard_weight: float = 0.3
     learning_rate: float = 3e-3
+
+    def __post_init__(self):
+        count = len(self.dataset.rows("train"))
+        if count % self.batch_size:
+            raise ValueError(
+                f"{count} training images do not fill batches of {self.batch_size}: the teacher "
+                "would look at images that no epoch trains on. Change the patients or the batch size."
+            )
 
     @property
     def hard(self) -> np.ndarray:

@@ -60,6 +60,8 @@ def _candidates(root: Path, synthetic_too: bool, depth: int = 6):
             children = _subfolders(folder)
             if not synthetic_too and (folder / SYNTHETIC).exists():
                 continue  # phantoms in an attached notebook's output are no find
+            if (folder / "data" / "stage.json").exists():
+                continue  # an earlier run, whose folders of figures are no classes
             if any(c.name.lower() == "train" and _class_folders(c) for c in children):
                 split.append(folder)
             elif len(_class_folders(folder)) > 1 and (

@@ -158,8 +158,9 @@ def results(report: Mapping) -> str:
         ]
         rows += [[name, *shown]] if any(v is not None for v in values) else []
     names = [name.replace("_", " ") for name in models]
+    split = (report.get("evaluated") or {}).get("split", "test")
     return (
-        table(["on the test split", *names], rows)
+        table([f"on the {split} split", *names], rows)
         + '<p class="soft">In brackets: 95 % intervals.</p>'
         + target(report.get("target") or {}, models)
         + openings(report.get("test_openings"))
@@ -299,7 +300,7 @@ def card(run: Path, missing: list[str]) -> str:
     text = path.read_text(encoding="utf-8")
     try:
         from nbconvert.filters.markdown_mistune import markdown2html_mistune
-    except ImportError:
+    except Exception:  # nbconvert and mistune of different ages break in several ways
         inside = f"<pre>{escape(text)}</pre>"
     else:
         inside = re.sub(r"<(/?)h[1-6]", r"<\1h3", markdown2html_mistune(text))

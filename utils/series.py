@@ -121,6 +121,7 @@ def run(
             n: p.default for own in parameters.declared(root).values() for n, p in own.items()
         }
         preflight.check(notebooks, defaults | values, run_dir)
+    refuse_stale(run_dir, notebooks, values, root)
     print(f"{len(notebooks)} notebooks into {run_dir}, profile {Path(profile).stem}.")
     if fresh:
         set_aside(run_dir, notebooks, "is begun anew")
@@ -142,7 +143,10 @@ def run(
                 left = notebooks[notebooks.index(notebook) :]
                 bar.write(f"Left: {', '.join(left)}. Run the same command again to go on.")
                 break
-    print(f"Open {pages.build(run_dir)} to see it all.")
+    try:
+        print(f"Open {pages.build(run_dir)} to see it all.")
+    except Exception as error:  # the page only joins what is there: no run fails for it
+        print(f"No index.html ({type(error).__name__}: {error}); the notebooks are in {run_dir}.")
     return UNFINISHED if stopped else 0
 
 
@@ -161,6 +165,16 @@ def chosen(only: str | None, root: Path) -> list[str]:
     return [n for n in there if any(n.startswith(w) for w in wanted)]
 
 
+def refuse_stale(run_dir: Path, notebooks: list[str], values: Mapping, root: Path) -> None:
+    """Refuse to build on earlier stages, left out by --only, made with other parameters."""
+    for earlier in list(parameters.declared(root))[: runs.NOTEBOOKS.index(notebooks[-1])]:
+        if earlier not in notebooks and runs.state(run_dir, earlier, values, root) == "stale":
+            raise parameters.ParameterError(
+                f"{earlier} in {run_dir} was made with other parameters than these: name it in "
+                "--only too, or give the parameters that it was made with."
+            )
+
+
 def gather(profile, data, out, given, root: Path) -> dict[str, object]:
     """All parameters as the notebooks get them, checked; RUN_DIR is set, relative if in `root`."""
     values = {"RUN_DIR": f"runs/{Path(profile).stem}"} | parameters.load_profile(profile, root)
@@ -174,6 +188,10 @@ def gather(profile, data, out, given, root: Path) -> dict[str, object]:
     if out is not None:
         values["RUN_DIR"] = str(Path(out).expanduser().resolve())
     values = parameters.check(values, root)
+    declared = parameters.declared(root)
+    settings = {n: p.default for own in declared.values() for n, p in own.items()} | values
+    for notebook in declared:
+        parameters.check_together(notebook, settings)
     if values.get("DATA_DIR"):
         values["DATA_DIR"] = str(root / Path(values["DATA_DIR"]).expanduser())
         if not Path(values["DATA_DIR"]).is_dir():

@@ -109,7 +109,8 @@ class Keeper(keras.callbacks.Callback):
         row |= {"learning_rate": rate, "seconds": round(ended - self.began, 2)}
         progress.history.append(row)
         progress.epoch += 1
-        if row["val_qwk"] > progress.best_qwk:
+        best = max(progress.history, key=lambda r: (r["val_qwk"], -r["val_loss"]))
+        if best["epoch"] == progress.epoch:
             progress.best_qwk, progress.best_epoch = row["val_qwk"], progress.epoch
             self.best[:] = checkpoints.arrays_of(self.model.weights)
         save_progress(self.path, self.model, progress, self.best)
