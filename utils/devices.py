@@ -92,25 +92,26 @@ def check_shares(parameter: str, batch_size: int, accumulation: int, replicas: i
 
 
 def share_size(count: int, batch_size: int, replicas: int) -> int:
-    """The largest batch size up to `batch_size` that leaves no device without an image.
+    """The batch size nearest to `batch_size` that leaves no device without an image.
 
     Args:
         count: images to go through once, the last batch being what remains.
-        batch_size: the size that is wanted.
+        batch_size: the size that is wanted; smaller ones come first.
         replicas: how many devices; TensorFlow gives each ceil(batch / replicas) as long as there
             are any, and a model fails on none.
 
     Raises:
-        ValueError: too few images for that many devices.
+        ValueError: no size does, because there are few images and many devices.
     """
 
     def all_have_some(size: int) -> bool:
         return size == 0 or (replicas - 1) * -(-size // replicas) < size
 
-    for size in range(min(batch_size, count), 0, -1):
+    top = min(batch_size, count)
+    for size in (*range(top, 0, -1), *range(top + 1, count + 1)):
         if all_have_some(size) and all_have_some(count % size):
             return size
-    raise ValueError(f"{count} images are too few for {replicas} devices: set DEVICES = 1.")
+    raise ValueError(f"{count} images cannot be shared by {replicas} devices: set DEVICES = 1.")
 
 
 def shared(batches: tf.data.Dataset, batch_size: int, replicas: int) -> tf.data.Dataset:
