@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from utils import metrics
 
+tf.get_logger().setLevel("ERROR")  # retracing and "assets written" tell a reader nothing
+
 
 def fused_map(model: keras.Model):
     """The symbolic (B, h, w, C) map that the model pools globally, last before its head.
