@@ -275,9 +275,14 @@ def gigabytes():
     ("precision", "steps", "jit_compile"), [("float32", 1, False), ("mixed_float16", 2, True)]
 )
 def test_full_size_teacher_trains(precision, steps, jit_compile, capsys):
-    """EfficientNetV2-M, 384 px, batch 8, all of it training. Run each alone for its peak memory."""
+    """EfficientNetV2-M, 384 px, batch 8, all of it training.
+
+    By hand, each alone, for the peak memory is the process's:
+    `XLA_FLAGS= pytest -m slow tests/test_precision.py -k "float32 and full_size"`.
+    """
     model = models.build_teacher(weights="none", precision=precision)
     model.compile(keras.optimizers.AdamW(1e-4), objectives.HardLoss(2.5), jit_compile=jit_compile)
+    model.optimizer.build(model.trainable_variables)  # else Keras traces the step twice
     images, labels = batch(384)
     for step in range(steps):
         start = time.perf_counter()
