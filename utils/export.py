@@ -20,9 +20,9 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
 from utils import litert, metrics, runs
+from utils.model_card import model_card
 
 tf.get_logger().setLevel("ERROR")  # retracing and "assets written" tell a reader nothing
-from utils.model_card import model_card
 
 __all__ = ["FORMATS", "SMALL", "best_small", "export", "milliseconds", "model_card", "table"]
 
