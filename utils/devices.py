@@ -92,24 +92,28 @@ def check_shares(parameter: str, batch_size: int, accumulation: int, replicas: i
 
 
 def share_size(count: int, batch_size: int, replicas: int) -> int:
-    """The batch size nearest to `batch_size` that leaves no device without an image.
+    """The batch size nearest to `batch_size` that suits several devices, smaller ones first.
+
+    Every batch but the last must be shared evenly, which Keras relies on when it builds a model's
+    metrics, and the last must leave no device without an image, on which models fail. TensorFlow
+    gives each ceil(batch / replicas) as long as there are any.
 
     Args:
         count: images to go through once, the last batch being what remains.
-        batch_size: the size that is wanted; smaller ones come first.
-        replicas: how many devices; TensorFlow gives each ceil(batch / replicas) as long as there
-            are any, and a model fails on none.
+        batch_size: the size that is wanted.
+        replicas: how many devices.
 
     Raises:
         ValueError: no size does, because there are few images and many devices.
     """
 
-    def all_have_some(size: int) -> bool:
-        return size == 0 or (replicas - 1) * -(-size // replicas) < size
+    def suits(size: int) -> bool:
+        last = count % size
+        return size % replicas == 0 and (not last or (replicas - 1) * -(-last // replicas) < last)
 
     top = min(batch_size, count)
     for size in (*range(top, 0, -1), *range(top + 1, count + 1)):
-        if all_have_some(size) and all_have_some(count % size):
+        if suits(size):
             return size
     raise ValueError(f"{count} images cannot be shared by {replicas} devices: set DEVICES = 1.")
 
