@@ -204,7 +204,7 @@ def test_save_refuses_a_figure_without_text_or_png(tmp_path, name, alt):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "kind"), [("schedule", "png"), ("gallery", "jpeg")])
+@pytest.mark.parametrize(("name", "kind"), [("schedule", "png"), ("gallery", "webp")])
 def test_show_displays_an_image_with_alternative_text(tmp_path, monkeypatch, name, kind):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
