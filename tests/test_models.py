@@ -153,7 +153,7 @@ def test_a_file_that_is_none_and_a_missing_one(tmp_path):
 
 
 def test_imagenet_takes_an_attached_file_before_it_downloads(monkeypatch, weights_file):
-    monkeypatch.setattr(runs, "kaggle_input", lambda: weights_file.parents[1])
+    monkeypatch.setattr(runs, "kaggle_input", lambda: weights_file.parent)
     model = models.build_student(**{**SMALL, "weights": "imagenet"})
     assert np.all(model.get_layer("backbone").get_layer("conv").get_weights()[0] == 0.5)
 

@@ -199,6 +199,8 @@ def test_only_needs_the_stages_before(command):
 
 def test_ctrl_c_ends_the_kernel(project):
     code = (
+        # A parent in the background may have left SIGINT ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from pathlib import Path; from utils import __main__, parameters;"
         f"parameters.ROOT = Path({str(project)!r});"
         "sys.exit(__main__.main(['run', '-p', 'WORK', 'import time; time.sleep(60)']))"

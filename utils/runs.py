@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 from utils import parameters
 from utils.files import (  # others find them here
     StageError,
@@ -68,7 +70,7 @@ def kaggle_working() -> Path:
 def batch_mode() -> bool:
     """Whether nobody watches (papermill, a Kaggle batch run): live bars would only fill the log."""
     kaggle = os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
-    if kaggle is not None:
+    if kaggle is not None and "SERIES_STARTED" not in os.environ:
         return kaggle != "Interactive"
     return "JPY_SESSION_NAME" not in os.environ and "COLAB_RELEASE_TAG" not in os.environ
 
@@ -196,8 +198,7 @@ def started() -> float:
     if "SERIES_STARTED" in os.environ:
         return float(os.environ["SERIES_STARTED"])
     if on_kaggle():
-        with contextlib.suppress(OSError):
-            return Path("/proc/1").stat().st_ctime
+        return psutil.Process(1).create_time()
     return PROCESS_STARTED
 
 
