@@ -241,3 +241,10 @@ def test_tabulate_takes_figures_as_the_report_keeps_them():
     plots.recall_intervals(recall)
     with pytest.raises(ValueError):
         plots.tabulate({"teacher": teacher}, {"recall": "recall"}, ["KL 0"])
+
+
+def test_a_cell_that_sees_the_whole_knee_is_framed_by_the_whole_knee():
+    side = len(KNEES[0])
+    [ax] = plots.scales_on_image(KNEES[0], [side // 2], [side]).axes  # a cell off the middle
+    _, frame = ax.patches
+    assert frame.get_bbox().extents.tolist() == [-0.5, -0.5, side - 0.5, side - 0.5]

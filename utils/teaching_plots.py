@@ -218,12 +218,12 @@ def scales_on_image(
         text = f"stride {stride}: {size // stride} by {size // stride} cells"
         if receptive_fields is not None:
             sees = receptive_fields[number]
-            low = max(corner + (stride - sees) / 2, -0.5)
-            high = min(corner + (stride + sees) / 2, size - 0.5)
+            whole = sees >= size  # also where the cell lies off the middle
+            low = -0.5 if whole else max(corner + (stride - sees) / 2, -0.5)
+            high = size - 0.5 if whole else min(corner + (stride + sees) / 2, size - 0.5)
             ax.add_patch(
                 Rectangle((low, low), high - low, high - low, fill=False, ec=COLORS[1], lw=2)
             )
-            whole = sees >= size
             text += "\none cell sees " + ("the whole knee" if whole else f"{sees} by {sees} pixels")
         ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
         ax.set_title(text)
