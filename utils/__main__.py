@@ -17,6 +17,7 @@ COMMANDS = {
     "kaggle": ("utils.kaggle", "write folders that the kaggle client can upload"),
     "class": ("utils.classroom", "write the copy of the series that students get"),
     "refresh": ("utils.refresh", "give the committed notebooks the outputs of a finished run"),
+    "publish": ("utils.publish", "write the address in CITATION.cff into notebooks and README"),
 }
 
 
