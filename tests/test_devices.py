@@ -100,17 +100,24 @@ class Dies(Keeper):
         super().on_epoch_end(epoch, logs)
         raise KeyboardInterrupt
 legs = [training.Leg("all", "all", 2, 0.01, pretrained=False)]
+def in_pieces(first, second, name, **options):
+    training.Keeper = Dies
+    try:
+        train(first, name, **options)
+    except KeyboardInterrupt:
+        pass
+    training.Keeper = Keeper
+    return standins.without_times(train(second, name, **options)[0].history)
 odd = {"legs": legs, "dropout": 0.3, "data": standins.make_images(count=25)}
 whole, *_ = train(ALL, "whole", **odd)
-training.Keeper = Dies
-try:
-    train(ALL, "pieces", **odd)
-except KeyboardInterrupt:
-    pass
-training.Keeper = Keeper
-pieces, *_ = train(ALL, "pieces", **odd)
-histories = [standins.without_times(t.history) for t in (whole, pieces)]
-found["resumed"] = histories[0].equals(histories[1])
+pieces = in_pieces(ALL, ALL, "pieces", **odd)
+found["resumed"] = standins.without_times(whole.history).equals(pieces)
+moved = [in_pieces(*way, name, legs=legs) for name, way in
+         {"apart": (ALL, ONE), "together": (ONE, ALL)}.items()]
+stayed, *_ = train(ONE, "stayed", legs=legs)
+numbers = ["loss", "val_loss", "learning_rate"]
+found["moved"] = [history[numbers].to_numpy().tolist() for history in moved]
+found["stayed"] = stayed.history[numbers].to_numpy().tolist()
 
 found["rest"] = said(train, ALL, "a", batch_size=5)
 several = [dataclasses.replace(legs[0], accumulation=4)]
@@ -163,6 +170,9 @@ def test_resume_refusals_and_fall_back_with_two_devices(tmp_path):
     out, found = run(tmp_path, ALL_ELSE)
     # 25 images of val: a last batch of one would leave a device without any.
     assert found["resumed"], "killed after an epoch, with dropout"
+    for history in found["moved"]:  # gone on with more devices, or fewer
+        for moved, stayed in zip(history, found["stayed"], strict=True):
+            assert moved == pytest.approx(stayed, abs=2e-4)
     assert "BATCH_SIZE = 5 cannot be divided over 2 devices" in found["rest"]
     assert "set it to 4 or 6, or DEVICES = 1" in found["rest"]
     assert "ACCUMULATION = 4" in found["accumulation"] and "DEVICES = 1" in found["accumulation"]

@@ -50,6 +50,12 @@ def enter(project):
     return enter
 
 
+def test_a_learners_own_single_letters_are_no_parameters(enter):
+    assert set(enter(ONE, T=4, W=0.3).planned).isdisjoint("TW")
+    with pytest.raises(parameters.ParameterError, match="SEEED is no parameter"):
+        enter(ONE, SEEED=1)
+
+
 def test_stages_hand_on_their_settings_and_close_once(project, enter, capsys):
     first = enter(ONE, SEED=7)
     assert first.folder == project / "runs/tiny/data" and not first.finished
@@ -172,6 +178,17 @@ def test_the_outlook_counts_what_the_series_still_has_ahead(enter, monkeypatch):
     assert "limit" not in stage.outlook("phase 1", 120, 120, 60)
 
 
+def test_the_outlook_of_a_notebook_alone_reads_the_profile_that_the_run_is_named_for(
+    enter, project
+):
+    """As on Kaggle, where each notebook gets its own parameters and no runner tells the rest."""
+    (project / "notebooks/profiles").mkdir()
+    (project / "notebooks/profiles/full.yaml").write_text("PHASE_2_EPOCHS: 20\n")
+    for run, epochs in (("runs/full", 20), ("runs/mine", 3)):
+        enter(ONE, RUN_DIR=run).finish()
+        assert enter(TWO, RUN_DIR=run).planned["PHASE_2_EPOCHS"] == epochs
+
+
 # --- writing
 
 
@@ -259,6 +276,16 @@ def test_a_second_session_takes_up_the_first_ones_output(kaggle, enter):
         assert folder.stat().st_mode & 0o200, "copied from folders that are read-only"
     for path, (content, changed) in attached.items():
         assert path.read_bytes() == content and path.stat().st_mtime == changed
+
+
+def test_an_empty_run_folder_gives_way_to_what_is_attached(kaggle, enter):
+    """The runner makes the folder to see whether it can be written to."""
+    enter(ONE).finish()
+    attach(kaggle, "first")
+    run = kaggle / "working/runs/tiny"
+    run.mkdir(parents=True)
+    runs.take_up(run)
+    assert (run / "data/stage.json").exists() and list(run.parent.iterdir()) == [run]
 
 
 def test_of_two_sessions_of_one_run_the_longer_one_is_taken_up(kaggle, enter, capsys):

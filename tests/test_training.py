@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import re
 import shutil
 import time
 
@@ -123,7 +124,10 @@ def test_time_limit_stops_at_an_epochs_end_and_a_new_session_goes_on(
         result = training.train(stage, "teacher", make_model(), make_recipe(make_legs()))
     assert not result.complete and list(result.history["epoch"]) == [1, 2]
     assert stage.paused and "2 of 5 epochs fitted into the time" in stage.saved["stopped"]
-    assert "go on when run again" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"^head, epoch 1 of 2: loss .* val_qwk .*, \d+\.\d min left$", out, re.M)
+    assert re.search(r"^head ends about .*, the series not before .*; the time limit is", out, re.M)
+    assert "does not fit: it will stop at an epoch's end, to go on when run again" in out
     assert not (stage.folder / "teacher.keras").exists()
     assert_same_end(undisturbed, run_with_stops(make_stage, "run", []))
 
@@ -176,13 +180,12 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_best(make_stage):
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
-def test_weights_that_the_last_batch_spoilt_are_never_the_best(make_stage, monkeypatch):
+def test_weights_that_the_last_batch_spoilt_are_never_the_best(make_stage):
     model = make_model()
     start = model.get_weights()
     recipe = make_recipe([training.Leg("all", "all", 3, 0.01, pretrained=False)])
     x, y = next(iter(recipe.validation))
     validation = tf.data.Dataset.from_tensors((x, y * np.nan))
-    monkeypatch.setattr(training, "one_class", lambda *_: False)
     recipe = dataclasses.replace(recipe, validation=validation)
     result = training.train(make_stage(), "teacher", model, recipe)
     assert result.complete and result.best_epoch == 0 and result.history.empty
@@ -201,12 +204,11 @@ def collapsing_recipe():
     return dataclasses.replace(blind, validation=make_recipe(legs).validation)
 
 
-def test_a_collapse_hands_on_the_weights_it_started_from(monkeypatch, make_stage):
-    model = make_model()
+def test_a_collapse_hands_on_the_weights_it_started_from(make_stage):
+    model, good = make_model(), [training.Leg("head", "head", 9, 0.1, pretrained=True)]
+    learned = training.train(make_stage("before"), "teacher", model, make_recipe(good))
+    assert learned.history["val_qwk"].max() > 0.5, "it tells classes apart"
     start = model.get_weights()
-    # The untrained model stands in for one that tells classes apart; what it becomes does not.
-    told = iter([True, False])
-    monkeypatch.setattr(training, "one_class", lambda *_: next(told))
     result = training.train(make_stage("run"), "teacher", model, collapsing_recipe())
     assert result.best_epoch == 0 and "started from are handed on" in result.notes[0]
     for one, other in zip(start, model.get_weights(), strict=True):
@@ -239,6 +241,18 @@ def test_only_errors_about_memory_become_memory_errors():
         raise tf.errors.InternalError(None, None, "a bug")
     with pytest.raises(MemoryError, match="a leg"), devices.memory_advice("a leg"):
         raise tf.errors.InternalError(None, None, "Failed to allocate memory")
+
+
+def test_out_of_memory_tells_the_peak_where_the_device_does(monkeypatch):
+    gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [gpu])
+    peak = {"current": 0, "peak": 14.5 * 2**30}
+    monkeypatch.setattr(tf.config.experimental, "get_memory_info", lambda name: peak)
+    with (
+        pytest.raises(MemoryError, match=r"\(peak 14\.5 GiB on /device:GPU:0\).*says: OOM when"),
+        devices.memory_advice("a leg"),
+    ):
+        raise tf.errors.ResourceExhaustedError(None, None, "Graph:\nOOM when allocating\n")
 
 
 def test_a_disk_without_room_is_said_before_the_first_epoch(make_stage, monkeypatch):

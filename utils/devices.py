@@ -171,7 +171,7 @@ def memory_advice(where: str) -> Iterator[None]:
     """Turn TensorFlow's out-of-memory errors into one that says what to change.
 
     Raises:
-        MemoryError: the device's memory is full in `where`.
+        MemoryError: the device's memory is full in `where`; with the peak where devices tell it.
     """
     kinds = tf.errors.ResourceExhaustedError, tf.errors.InternalError, tf.errors.UnknownError
     try:
@@ -180,21 +180,17 @@ def memory_advice(where: str) -> Iterator[None]:
         full = isinstance(error, tf.errors.ResourceExhaustedError)
         if not full and "memory" not in str(error).lower():
             raise
+        peaks = [
+            f"{tf.config.experimental.get_memory_info(d.name)['peak'] / 2**30:.1f} GiB on {d.name}"
+            for d in tf.config.list_logical_devices("GPU")
+        ]
+        peak = f" (peak {', '.join(peaks)})" if peaks else ""
+        reasons = [s.strip() for s in str(error).splitlines() if "memory" in s or "OOM" in s]
         # TensorFlow's own traceback fills a screen and tells nothing more than its message.
-        raise MemoryError(out_of_memory(where, str(error))) from None
-
-
-def out_of_memory(where: str, reason: str = "") -> str:
-    """What to change when the device's memory is full, with the peak where the device tells it."""
-    peaks = [
-        f"{tf.config.experimental.get_memory_info(d.name)['peak'] / 2**30:.1f} GiB on {d.name}"
-        for d in tf.config.list_logical_devices("GPU")
-    ]
-    peak = f" (peak {', '.join(peaks)})" if peaks else ""
-    lines = [line.strip() for line in reason.splitlines() if "memory" in line or "OOM" in line]
-    return (
-        f"The device's memory is full in {where}{peak}. Lower BATCH_SIZE or STUDENT_BATCH_SIZE "
-        "(the teacher's on one device with ACCUMULATION raised by the same factor, which keeps the "
-        "recipe) or the image size, or set TEACHER_PRECISION / STUDENT_PRECISION = "
-        '"mixed_float16". What was trained is kept.'
-    ) + (f" TensorFlow says: {lines[0][:200]}" if lines else "")
+        raise MemoryError(
+            f"The device's memory is full in {where}{peak}. "
+            "Lower BATCH_SIZE or STUDENT_BATCH_SIZE (the teacher's on one device with ACCUMULATION "
+            "raised by the same factor, which keeps the recipe) or the image size, or set "
+            'TEACHER_PRECISION / STUDENT_PRECISION = "mixed_float16". What was trained is kept.'
+            + (f" TensorFlow says: {reasons[0][:200]}" if reasons else "")
+        ) from None

@@ -44,9 +44,9 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
+    except OSError:
         if not path.is_dir():  # some file systems flush no folders
-            raise error
+            raise
     finally:
         os.close(descriptor)
 

@@ -148,6 +148,11 @@ def declared(root: Path | None = None) -> dict[str, dict[str, Parameter]]:
     return found
 
 
+def defaults(root: Path | None = None) -> dict[str, object]:
+    """The value of every parameter as the notebooks below `root` declare it."""
+    return {n: p.default for own in declared(root).values() for n, p in own.items()}
+
+
 def read_cell(source: str) -> dict[str, Parameter]:
     """Parse `NAME: annotation = literal` lines without running them."""
     parameters = {}

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from utils import folders, runs
 
 # Below this many pixels a processor is enough: the embedded default and the rehearsal.
@@ -111,24 +113,11 @@ def no_images(data_dir: str) -> str | None:
     )
 
 
-def imagenet_backbones(notebooks: Sequence[str], settings: Mapping) -> list[str | None]:
+def imagenet_backbones(notebooks: Sequence[str], settings: Mapping) -> list[str]:
     """The backbones that these notebooks want with ImageNet weights."""
     builds = {"02": "TEACHER", "05": "STUDENT"}
     who = [builds[notebook[:2]] for notebook in notebooks if notebook[:2] in builds]
-    return [
-        settings.get(f"{name}_BACKBONE")
-        for name in who
-        if settings.get(f"{name}_WEIGHTS") == "imagenet"
-    ]
-
-
-def attached_weights(backbone: str) -> bool:
-    """Whether a weights file of `backbone` is attached, by Keras's own names or ours."""
-    names = (
-        path.name.lower().replace("_", "").replace("-", "")
-        for path in runs.kaggle_input().rglob("*.h5")
-    )
-    return any(backbone.lower() in name and "notop" in name for name in names)
+    return [settings[f"{w}_BACKBONE"] for w in who if settings[f"{w}_WEIGHTS"] == "imagenet"]
 
 
 def accelerators() -> int:
@@ -157,6 +146,5 @@ def size_of(folder: Path) -> int:
 
 def memory() -> tuple[int, int]:
     """Free and total memory in bytes."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return 1024 * kilobytes["MemAvailable"], 1024 * kilobytes["MemTotal"]
+    found = psutil.virtual_memory()
+    return found.available, found.total

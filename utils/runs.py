@@ -45,6 +45,7 @@ NOTEBOOKS = parameters.NOTEBOOKS
 # Openings of the test split are counted over the life of a run, whatever is made anew.
 KEPT_FOREVER = ("test_openings.json",)
 KAGGLE_HOURS, KAGGLE_MARGIN = 12.0, 0.5
+PROCESS_STARTED = time.time()
 
 
 def root() -> Path:
@@ -188,9 +189,9 @@ def take_up(run: Path) -> None:
     except (OSError, shutil.Error) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise cannot_write(run, error) from error
-    if run.exists():
-        set_aside(run)
-    part.rename(run)
+    if run.exists() and any(run.iterdir()):
+        set_aside(run, "has no notebook 01")
+    part.rename(run)  # over an empty folder, too
 
 
 def started() -> float:
@@ -200,9 +201,6 @@ def started() -> float:
     if on_kaggle():
         return psutil.Process(1).create_time()
     return PROCESS_STARTED
-
-
-PROCESS_STARTED = time.time()
 
 
 def clock(seconds: float) -> str:
@@ -344,13 +342,15 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
     else:
         write_json(folder / "stage.json", saved)  # better now than after an epoch
     limit = deadline(values.get("MAX_HOURS"))
-    return Stage(notebook, run, settings | shared, saved, limit, planned() | values)
+    return Stage(notebook, run, settings | shared, saved, limit, planned(run) | values)
 
 
-def planned() -> dict[str, object]:
-    """What the whole series will run with: the notebooks' defaults, or what the runner was told."""
-    defaults = {n: p.default for own in parameters.declared().values() for n, p in own.items()}
-    return defaults | json.loads(os.environ.get("SERIES_PARAMETERS", "{}"))
+def planned(run: Path) -> dict[str, object]:
+    """What the whole series will run with: what the runner was told, else the run's profile."""
+    plan = parameters.defaults()
+    with contextlib.suppress(parameters.ParameterError):  # not every run is named for a profile
+        plan |= parameters.load_profile(run.name)
+    return plan | json.loads(os.environ.get("SERIES_PARAMETERS", "{}"))
 
 
 def earlier_settings(run: Path, notebook: str) -> dict:
@@ -377,25 +377,20 @@ def earlier_settings(run: Path, notebook: str) -> dict:
 
 def environment() -> dict[str, object]:
     """Versions and machine, for reports: names to versions, processors, accelerators."""
-    names = ("tensorflow", "keras", "numpy", "scikit-learn", "papermill")
-    versions = {}
-    for name in names:
+    versions, accelerators = {}, []
+    if tf := sys.modules.get("tensorflow"):  # not imported for this
+        versions["tensorflow"] = tf.__version__
+        details = map(
+            tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU")
+        )
+        accelerators = [found.get("device_name", "GPU") for found in details]
+    for name in ("keras", "numpy", "scikit-learn", "papermill"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    if "tensorflow" not in versions:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions["tensorflow"] = metadata.version("tensorflow-cpu")
-    devices = []
-    if "tensorflow" in sys.modules:
-        tf = sys.modules["tensorflow"]
-        devices = [
-            tf.config.experimental.get_device_details(d).get("device_name", d.name)
-            for d in tf.config.list_physical_devices("GPU")
-        ]
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "processors": os.cpu_count(),
-        "accelerators": devices,
+        "accelerators": accelerators,
         "versions": versions,
     }

@@ -117,10 +117,7 @@ def run(
         from utils import preflight
 
         runs.take_up(run_dir)
-        defaults = {
-            n: p.default for own in parameters.declared(root).values() for n, p in own.items()
-        }
-        preflight.check(notebooks, defaults | values, run_dir)
+        preflight.check(notebooks, parameters.defaults(root) | values, run_dir)
     refuse_stale(run_dir, notebooks, values, root)
     print(f"{len(notebooks)} notebooks into {run_dir}, profile {Path(profile).stem}.")
     if fresh:
@@ -188,9 +185,8 @@ def gather(profile, data, out, given, root: Path) -> dict[str, object]:
     if out is not None:
         values["RUN_DIR"] = str(Path(out).expanduser().resolve())
     values = parameters.check(values, root)
-    declared = parameters.declared(root)
-    settings = {n: p.default for own in declared.values() for n, p in own.items()} | values
-    for notebook in declared:
+    settings = parameters.defaults(root) | values
+    for notebook in parameters.declared(root):
         parameters.check_together(notebook, settings)
     if values.get("DATA_DIR"):
         values["DATA_DIR"] = str(root / Path(values["DATA_DIR"]).expanduser())
