@@ -120,6 +120,15 @@ def imagenet_backbones(notebooks: Sequence[str], settings: Mapping) -> list[str]
     return [settings[f"{w}_BACKBONE"] for w in who if settings[f"{w}_WEIGHTS"] == "imagenet"]
 
 
+def attached_weights(backbone: str) -> bool:
+    """Whether a weights file of `backbone` is attached, by Keras's own names or ours."""
+    names = (
+        path.name.lower().replace("_", "").replace("-", "")
+        for path in runs.kaggle_input().rglob("*.h5")
+    )
+    return any(backbone.lower() in name and "notop" in name for name in names)
+
+
 def accelerators() -> int:
     """How many NVIDIA GPUs the session has."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
