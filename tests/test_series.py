@@ -237,8 +237,7 @@ def test_the_runner_never_imports_tensorflow(project):
 
 @pytest.mark.parametrize("name", ["tiny", "test", "cpu", "kaggle"])
 def test_profiles_hold_what_the_notebooks_declare(name):
-    if len(parameters.declared()) < len(runs.NOTEBOOKS):
-        pytest.skip("the notebooks are not all there yet")
+    assert list(parameters.declared()) == list(runs.NOTEBOOKS)
     profile = parameters.load_profile(name)
     parameters.check(profile)
     assert "RUN_DIR" in profile

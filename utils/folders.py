@@ -50,6 +50,24 @@ def find_dataset(data_dir: str | Path = "") -> Path | None:
     )
 
 
+def weights_names(backbone: str) -> list[str]:
+    """File names under which a backbone's ImageNet weights may be attached: ours, then Keras's."""
+    short = backbone.lower()
+    if short.startswith("efficientnetv2"):
+        official = f"efficientnetv2-{short.removeprefix('efficientnetv2')}_notop.h5"
+    else:
+        size = short.removeprefix("mobilenetv3")
+        official = f"weights_mobilenet_v3_{size}_224_1.0_float_no_top_v2.h5"
+    return [f"{short}_notop.weights.h5", f"{short}_notop.h5", official]
+
+
+def attached_weights(backbone: str) -> Path | None:
+    """The attached file of a backbone's ImageNet weights on Kaggle; None where there is none."""
+    wanted = weights_names(backbone)
+    found = [p for p in runs.kaggle_input().rglob("*.h5") if p.name.lower() in wanted]
+    return min(found, key=lambda p: (wanted.index(p.name.lower()), str(p)), default=None)
+
+
 def _candidates(root: Path, synthetic_too: bool, depth: int = 6):
     """Dataset folders with splits and without, and all folders looked into, breadth first."""
     split, flat, searched, level = [], [], [], [root]

@@ -21,7 +21,7 @@ import h5py
 import keras
 import pandas as pd
 
-from utils import layers, runs
+from utils import folders, layers, runs
 from utils.precision import precision_notes, precision_of, precision_policy, with_precision
 
 __all__ = [
@@ -119,7 +119,7 @@ def _backbone(name: str, image_size: int, weights: str) -> keras.Model:
         )
     make = getattr(keras.applications, name)
     arguments = {"include_top": False, "input_shape": (image_size, image_size, 3)}
-    if weights == "imagenet" and (found := _attached_weights(name)) is not None:
+    if weights == "imagenet" and (found := folders.attached_weights(name)) is not None:
         weights = str(found)
     if weights == "imagenet":
         try:
@@ -137,30 +137,14 @@ def _backbone(name: str, image_size: int, weights: str) -> keras.Model:
     return base
 
 
-def _attached_names(name: str) -> list[str]:
-    """File names under which a dataset may carry a backbone's weights, lower case."""
-    short = name.lower()
-    if name.startswith("EfficientNetV2"):
-        official = f"efficientnetv2-{short.removeprefix('efficientnetv2')}_notop.h5"
-    else:
-        size = short.removeprefix("mobilenetv3")
-        official = f"weights_mobilenet_v3_{size}_224_1.0_float_no_top_v2.h5"
-    return [f"{short}_notop.weights.h5", f"{short}_notop.h5", official]
-
-
-def _attached_weights(name: str) -> Path | None:
-    wanted = _attached_names(name)
-    found = [p for p in runs.kaggle_input().rglob("*.h5") if p.name.lower() in wanted]
-    return min(found, key=lambda p: (wanted.index(p.name.lower()), str(p)), default=None)
-
-
 def _no_imagenet(name: str, error: Exception) -> str:
     folder = runs.kaggle_input()
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
     listing = "which does not exist" if there is None else f"which holds {there or 'nothing'}"
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    names = " or ".join(folders.weights_names(name))
     return (
-        f"No ImageNet weights for {name}: no {' or '.join(_attached_names(name))} below {folder},"
+        f"No ImageNet weights for {name}: no {names} below {folder},"
         f" {listing}, and the download failed ({reason}). On Kaggle, switch Internet on"
         " in the notebook's settings, or attach a dataset that holds one of these files;"
         " elsewhere, give a file's path or 'none' as the weights."
