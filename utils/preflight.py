@@ -55,8 +55,8 @@ def findings(notebooks: Sequence[str], values: Mapping[str, object], run: Path) 
             f"No earlier stage: choose Add Input > Notebooks > Your Work and attach the output of "
             f"{before} (looked in {run} and {runs.kaggle_input()})."
         )
-    wanted = [backbone for backbone in imagenet_backbones(notebooks, settings) if backbone]
-    missing = [backbone for backbone in wanted if not attached_weights(backbone)]
+    wanted = imagenet_backbones(notebooks, settings)
+    missing = [backbone for backbone in wanted if not folders.attached_weights(backbone)]
     if missing and not online():
         found.append(
             f"ImageNet weights of {' and '.join(missing)} are not attached and the internet is "
@@ -118,15 +118,6 @@ def imagenet_backbones(notebooks: Sequence[str], settings: Mapping) -> list[str]
     builds = {"02": "TEACHER", "05": "STUDENT"}
     who = [builds[notebook[:2]] for notebook in notebooks if notebook[:2] in builds]
     return [settings[f"{w}_BACKBONE"] for w in who if settings[f"{w}_WEIGHTS"] == "imagenet"]
-
-
-def attached_weights(backbone: str) -> bool:
-    """Whether a weights file of `backbone` is attached, by Keras's own names or ours."""
-    names = (
-        path.name.lower().replace("_", "").replace("-", "")
-        for path in runs.kaggle_input().rglob("*.h5")
-    )
-    return any(backbone.lower() in name and "notop" in name for name in names)
 
 
 def accelerators() -> int:

@@ -302,7 +302,7 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
 
     Args:
         notebook: the notebook's name, such as "03_teacher_phase_2".
-        namespace: its `globals()`; every upper-case name in it is taken for a parameter.
+        namespace: its `globals()`; an upper-case name of three letters or more is a parameter.
 
     Returns:
         The stage; a folder made with other parameters has been set aside.
@@ -314,7 +314,8 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
             Kaggle also a missing GPU, attachment or the like.
         OSError: the run's folder cannot be written.
     """
-    values = {n: v for n, v in namespace.items() if n.isupper() and not n.startswith("_")}
+    # A learner's own T = 4 is no parameter: these have longer names.
+    values = {n: v for n, v in namespace.items() if n.isupper() and n[0] != "_" and len(n) > 2}
     parameters.check(values)
     run = run_folder(values["RUN_DIR"])
     if run.exists() and not run.is_dir():
