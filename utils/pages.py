@@ -43,9 +43,11 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:60%}
 th,td{text-align:left;padding:.35rem .7rem .35rem 0;border-bottom:1px solid var(--line);
 vertical-align:top}
 thead th{color:var(--soft);font-weight:600}tbody th{font-weight:400}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
-figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.9rem;margin-top:.3rem}
+.figures{display:flex;flex-wrap:wrap;gap:1.2rem}
+figure{margin:0;min-width:0}figure img{width:100%}
+figcaption{color:var(--soft);font-size:.9rem;margin-top:.3rem}
 img{max-width:100%;height:auto;background:#fff;border-radius:4px;display:block}
+@media(max-width:30rem){table{font-size:.85rem}th,td{padding-right:.4rem}}
 details{border:1px solid var(--line);border-radius:4px;padding:.5rem .8rem;margin:.8rem 0}
 summary{cursor:pointer}pre{overflow-x:auto;white-space:pre-wrap}.anchor-link{display:none}
 """
@@ -84,7 +86,7 @@ def build(run_dir: str | Path) -> Path:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>Run {name}</title><style>{STYLE}</style></head>'
-        f"<body><h1>Knee osteoarthritis: run “{name}”</h1>{about(report)}{body}</body></html>\n"
+        f"<body><h1>Knee distillation: run “{name}”</h1>{about(report)}{body}</body></html>\n"
     )
     return runs.write_atomic(run / "index.html", lambda path: path.write_text(page, "utf-8"))
 
@@ -241,7 +243,8 @@ def figures(run: Path, missing: list[str]) -> str:
         parts.append(f'<h3>{escape(folder)}</h3><div class="figures">{pictures}</div>')
     if not parts:
         missing.append("figures: no notebook has saved one yet")
-    return "".join(parts)
+        return ""
+    return '<p class="soft">Each opens in full size.</p>' + "".join(parts)
 
 
 def picture(run: Path, path: Path, text: str | None) -> str:
@@ -249,10 +252,13 @@ def picture(run: Path, path: Path, text: str | None) -> str:
     alt = escape(text or f"Figure {path.stem.replace('_', ' ')}; no description was kept")
     with Image.open(path) as opened:
         width, height = opened.size
+        dots = opened.info.get("dpi", (96, 96))[0]
     source = quote(path.relative_to(run).as_posix())
+    inches = width / dots  # all in one scale, so that their letters are of one size
+    image = f'<img src="{source}" alt="{alt}" width="{width}" height="{height}" loading="lazy">'
     return (
-        f'<figure><a href="{source}"><img src="{source}" alt="{alt}" width="{width}" '
-        f'height="{height}" loading="lazy"></a><figcaption>{alt}</figcaption></figure>'
+        f'<figure style="flex:0 1 {inches:.1f}in"><a href="{source}">{image}</a>'
+        f"<figcaption>{alt}</figcaption></figure>"
     )
 
 
