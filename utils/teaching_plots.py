@@ -9,6 +9,7 @@ title: "synthetic" wherever drawn phantoms are shown.
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
@@ -54,11 +55,12 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def figure(title: str | None, note: str, height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, in inches, titled "title (note)"."""
+    """An empty figure, in inches, titled "title (note)", on as many lines as its width needs."""
     made = Figure(figsize=(width, height), layout="constrained")
     text = " ".join(part for part in (title, f"({note})" if note else "") if part)
     if text:
-        made.suptitle(text, fontweight="bold")
+        lines = [textwrap.fill(line, int(9 * width)) for line in text.splitlines()]
+        made.suptitle("\n".join(lines), fontweight="bold")
     return made
 
 
