@@ -243,6 +243,8 @@ def test_profiles_hold_what_the_notebooks_declare(name):
     assert "RUN_DIR" in profile
     text = (runs.root() / "notebooks" / "profiles" / f"{name}.yaml").read_text()
     assert len(re.findall(r"^\w+:", text, re.M)) == len(yaml.safe_load(text)), "a name twice"
+    comment = " ".join(re.findall(r"^# (.*)", text, re.M))
+    assert "GPU hours" in comment, "what a run costs of Kaggle's weekly 30"
 
 
 def test_tiny_is_the_notebooks_own_defaults():
