@@ -50,19 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="executed copies of other notebooks, such as A1_mixed_precision.ipynb",
     )
-    parser.add_argument(
-        "--other-parameters",
-        action="store_true",
-        help="take outputs that were made with other parameters than the notebooks show",
-    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Refresh as the command line asks; return the exit status."""
     try:
-        written = refresh(
-            arguments.run, arguments.also, other_parameters=arguments.other_parameters
-        )
+        written = refresh(arguments.run, arguments.also)
     except RefreshError as error:
         print(error, file=sys.stderr)
         return 1
@@ -72,18 +65,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def refresh(
-    run: str | Path,
-    also: Iterable[str | Path] = (),
-    *,
-    other_parameters: bool = False,
-    root: Path | None = None,
+    run: str | Path, also: Iterable[str | Path] = (), root: Path | None = None
 ) -> list[Path]:
     """Write all notebooks anew with the outputs of `run`, or none of them.
 
     Args:
         run: a run's folder, all of whose stages are finished.
         also: executed copies of notebooks outside the series, told by their file names.
-        other_parameters: take outputs of other parameters than those that the notebooks show.
         root: the project; default the one that this file is part of.
 
     Returns:
@@ -109,8 +97,7 @@ def refresh(
                 raise RefreshError(f"There is no {needed}.")
         book, executed = nbformat.read(shown, 4), nbformat.read(path, 4)
         try:
-            if not other_parameters:
-                check_parameters(book, executed)
+            check_parameters(book, executed)
             made = with_outputs(book, executed, places(run, root, executed))
         except RefreshError as error:
             raise RefreshError(f"{path}: {error}") from error
@@ -137,11 +124,6 @@ def code_cells(book) -> list:
         for cell in book.cells
         if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
     ]
-
-
-def carries_outputs(book) -> bool:
-    """Whether any cell has been run."""
-    return any(cell.execution_count is not None or cell.outputs for cell in code_cells(book))
 
 
 def stale(book) -> list[str]:
@@ -178,7 +160,7 @@ def check_parameters(book, executed) -> None:
     if others:
         raise RefreshError(
             f"made with other parameters: {'; '.join(others[:6])}. Refresh from a run of profile "
-            "tiny, or give --other-parameters."
+            "tiny."
         )
 
 
