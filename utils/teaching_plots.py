@@ -70,13 +70,35 @@ def pixels(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
 
-def show_image(ax: Axes, image: np.ndarray, title: str | None = None) -> None:
-    """Show an image (gray 0 to 255, or RGB) without axes."""
-    ax.imshow(pixels(image), cmap="gray", vmin=0, vmax=255)
+def show_image(ax: Axes, image: np.ndarray | None, title: str | None = None) -> None:
+    """Show an image (gray 0 to 255, or RGB) without axes; None leaves a gap."""
+    if image is not None:
+        ax.imshow(pixels(image), cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     if title:
         ax.set_title(title)
+
+
+def grid(
+    pictures: Sequence[Sequence[np.ndarray | None]],
+    row_titles: Sequence[str],
+    column_titles: Sequence[str],
+    title: str | None,
+    note: str,
+) -> Figure:
+    """Rows of pictures, all of one length, each row behind its title, each column under its own."""
+    rows, columns = len(pictures), len(pictures[0])
+    tile = WIDTH / (columns + 0.8 * bool(row_titles))
+    made = figure(title, note, rows * tile + 0.4 + 0.3 * bool(column_titles))
+    axes = made.subplots(rows, columns, squeeze=False)
+    for ax, picture in zip(axes.flat, (p for row in pictures for p in row), strict=True):
+        show_image(ax, picture)
+    for ax, text in zip(axes[0], column_titles, strict=False):
+        ax.set_title(text)
+    for ax, text in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
+    return made
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -148,19 +170,11 @@ def contact_sheet(
         images: uint8 (n, height, width[, 1]).
         labels: int (n,), indices into `names`.
     """
-    tile = WIDTH / (per_class + 0.6)
-    made = figure(title, note, len(names) * tile + 0.4)
-    axes = made.subplots(len(names), per_class, squeeze=False)
-    for row, name in enumerate(names):
-        chosen = np.flatnonzero(np.asarray(labels) == row)[:per_class]
-        for ax in axes[row, 1:]:
-            ax.set_axis_off()
-        axes[row, 0].set(xticks=[], yticks=[])
-        axes[row, 0].spines[:].set_visible(False)
-        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
-        for ax, index in zip(axes[row], chosen, strict=False):
-            ax.imshow(pixels(images[index]), cmap="gray", vmin=0, vmax=255)
-    return made
+    rows = []
+    for k in range(len(names)):
+        chosen = list(images[np.flatnonzero(np.asarray(labels) == k)[:per_class]])
+        rows.append(chosen + [None] * (per_class - len(chosen)))
+    return grid(rows, names, (), title, note)
 
 
 @styled
@@ -173,18 +187,7 @@ def augmented_views(
     note: str = "",
 ) -> Figure:
     """Views of some images: uint8 or float (rows, views, height, width[, 1]), 0 to 255."""
-    rows, columns = views.shape[:2]
-    tile = WIDTH / (columns + 0.5 * bool(row_titles))
-    made = figure(title, note, rows * tile + 0.6)
-    axes = made.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        for column in range(columns):
-            show_image(axes[row, column], views[row, column])
-    for ax, text in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(text)
-    for ax, text in zip(axes[0], column_titles, strict=False):
-        ax.set_title(text)
-    return made
+    return grid(views, row_titles, column_titles, title, note)
 
 
 @styled
@@ -272,19 +275,11 @@ def explanation_page(
         maps: column title (such as "teacher\\nGrad-CAM") to float maps (n, h, w).
         row_titles: n short texts, such as "KL 2\\nteacher KL 2\\nstudent KL 3".
     """
-    rows, columns = len(images), len(maps) + 1
-    tile = WIDTH / (columns + 0.9 * bool(row_titles))
-    made = figure(title, note, rows * tile + 0.8)
-    axes = made.subplots(rows, columns, squeeze=False)
-    for row, image in enumerate(images):
-        show_image(axes[row, 0], image)
-        for ax, heat in zip(axes[row, 1:], maps.values(), strict=True):
-            show_image(ax, overlay(image, heat[row]))
-    for ax, name in zip(axes[0], ["radiograph", *maps], strict=True):
-        ax.set_title(name)
-    for ax, text in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
-    return made
+    rows = [
+        [image, *(overlay(image, heat[k]) for heat in maps.values())]
+        for k, image in enumerate(images)
+    ]
+    return grid(rows, row_titles, ["radiograph", *maps], title, note)
 
 
 @styled
