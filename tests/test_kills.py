@@ -3,9 +3,11 @@
 The harness over the whole series takes long and is off by default: `pytest -m slow`.
 """
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -137,13 +139,13 @@ def test_killed_at_the_worst_points_a_training_ends_the_same(tmp_path):
     assert not [p.name for p in pieces.iterdir() if "checkpoint" in p.name]
 
 
-# --- the whole series, by hand
+# --- the whole series
 
 KILLS = int(os.environ.get("KILLS", "20"))
 # Enough epochs to be killed between, and nothing that takes long and trains nothing.
 SHORT = {
     "PHASE_1_EPOCHS": 3,
-    "PHASE_2_EPOCHS": 3,
+    "PHASE_2_EPOCHS": 40,
     "PHASE_3_EPOCHS": 3,
     "STUDENT_HEAD_EPOCHS": 1,
     "STUDENT_EPOCHS": 3,
@@ -178,14 +180,15 @@ class Series:
 
 
 def kill(runner: subprocess.Popen, what: str) -> None:
-    """Kill the runner, its kernel, or both, and wait until neither is left."""
+    """Kill the runner, its kernel (where there is one yet), or both; wait until neither is left."""
     runner_itself = psutil.Process(runner.pid)
     kernels = runner_itself.children(recursive=True)
     victims = {"runner": [runner_itself], "kernel": kernels, "both": [runner_itself, *kernels]}
-    for process in victims[what]:
-        process.kill()
+    for process in victims[what] or [runner_itself]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it just came to its own end
+            process.kill()
     runner.wait()
-    _, alive = psutil.wait_procs(kernels, timeout=30)
+    _, alive = psutil.wait_procs(kernels, timeout=120)
     assert not alive, "a kernel outlived its runner"
 
 
@@ -210,6 +213,7 @@ def outcome(run: Path) -> dict:
         found[path.name] = path.read_bytes()
     for path in sorted(run.rglob("*.keras")):
         found[str(path.relative_to(run))] = [w.tobytes() for w in weights_of(path)]
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name or ".checkpoint" in p.name]
     found["predictions"] = (run / "report/predictions.csv").read_text()
     report = runs.read_json(run / "report/report.json")
     found["models"] = {
@@ -224,13 +228,38 @@ def assert_same(one: dict, other: dict) -> None:
     assert not [name for name in one if one[name] != other[name]]
 
 
+def test_the_notebooks_stop_by_max_hours_and_what_is_left_is_said(tmp_path):
+    """The budget is over before notebook 02 trains: it comes to its end and closes nothing."""
+    series = Series(tmp_path, MAX_HOURS=1e-4)
+    assert series.run("run", "--only", "01,02,03") == 3
+    log = (tmp_path / "run.log").read_text()
+    said = "teacher: 0 of 3 epochs fitted into the time limit."
+    assert f"02_teacher_phase_1: stopped: {said}" in log
+    assert "Left: 02_teacher_phase_1, 03_teacher_phase_2. Run the same command again" in log
+    shown = sorted(p.name for p in (tmp_path / "run/notebooks").glob("*.ipynb"))
+    assert shown == ["01_data.ipynb", "02_teacher_phase_1.ipynb"], "papermill ended with 0"
+    assert runs.read_stage(tmp_path / "run", "03_teacher_phase_2") is None
+    assert series.run("run", "--only", "03") == 1
+    unfinished = f"02_teacher_phase_1 is unfinished in {tmp_path / 'run'}: {said} Run 02_teacher"
+    assert unfinished in (tmp_path / "run.log").read_text()
+
+
+# --- by hand
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The series run undisturbed, which all else must equal: its outcome and its seconds."""
+    series, begun = Series(tmp_path_factory.mktemp("whole")), time.time()
+    assert series.run("whole") == 0
+    return outcome(series.folder / "whole"), time.time() - begun
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [False, True], ids=["killed", "killed and truncated"])
-def test_the_series_killed_at_random_moments_ends_like_one_that_was_not(tmp_path, damage):
-    series, rng = Series(tmp_path), random.Random(int(damage))
-    begun = time.time()
-    assert series.run("whole") == 0
-    took, kills, completed = time.time() - begun, 0, []
+def test_the_series_killed_at_random_moments_ends_like_one_that_was_not(whole, tmp_path, damage):
+    series, rng, (expected, took) = Series(tmp_path), random.Random(int(damage)), whole
+    kills, completed = 0, []
     while kills < KILLS:  # one run after the other, should the first end before
         name = f"pieces_{len(completed) + 1}"
         runner = series.start(name)
@@ -249,26 +278,30 @@ def test_the_series_killed_at_random_moments_ends_like_one_that_was_not(tmp_path
         assert series.run(name) == 0
         completed.append(name)
     print(f"{kills} kills in {len(completed)} runs; undisturbed {took:.0f} s")
-    whole = outcome(tmp_path / "whole")
     for name in completed:
-        assert_same(whole, outcome(tmp_path / name))
+        assert_same(expected, outcome(tmp_path / name))
 
 
 @pytest.mark.slow
-def test_a_stop_in_phase_2_and_a_second_session_end_in_the_same_report(tmp_path):
+def test_a_stop_in_phase_2_and_a_second_session_end_in_the_same_report(whole, tmp_path):
     """The first session's output is mounted read-only where Kaggle would."""
-    series = Series(tmp_path, PHASE_2_EPOCHS=8, MAX_HOURS=1.0)
-    assert series.run("whole") == 0
+    series = Series(tmp_path, MAX_HOURS=1.0)
     root = tmp_path / "first"
-    assert series.run("first", "--only", "01,02") == 0
-    seconds = pd.read_csv(root / "teacher/phase_1/history.csv")["seconds"]
-    # An hour less what a kernel needs to start and half of the epochs take.
-    started = time.time() - 3600 + 20 + seconds.iloc[0] + 3 * seconds.min()
-    assert series.run("first", SERIES_STARTED=str(started)) == 3
+    assert series.run("first", "--only", "01") == 0
+    begun = time.time()
+    assert series.run("first", "--only", "02") == 0
+    took = time.time() - begun
+    # In the time of all of 02 notebook 03 starts, compiles and trains some of its epochs, not all;
+    # on a machine that was less busy before, in twice or four times as much.
+    for times in (1, 2, 4):
+        started = time.time() - 3600 + times * took
+        assert series.run("first", SERIES_STARTED=str(started)) == 3
+        stopped = runs.read_stage(root, "03_teacher_phase_2")
+        if not stopped["stopped"].startswith("teacher: 0 of"):
+            break
+    assert re.match(r"teacher: [1-9]\d* of 40 epochs fitted into the time", stopped["stopped"])
     log = (tmp_path / "first.log").read_text()
     assert "Left: 03_teacher_phase_2, 04_teacher_phase_3, 05_distillation, 06_evaluation." in log
-    stopped = runs.read_stage(root, "03_teacher_phase_2")
-    assert "of 8 epochs fitted into the time" in stopped["stopped"]
     assert series.run("first", "--only", "04") == 1
     assert "03_teacher_phase_2 is unfinished" in (tmp_path / "first.log").read_text()
 
@@ -284,8 +317,13 @@ def test_a_stop_in_phase_2_and_a_second_session_end_in_the_same_report(tmp_path)
         "KAGGLE_WORKING_ROOT": str(working),
         "SERIES_STARTED": str(time.time()),
     }
+    assert series.run("working/first", "--only", "03,04", **kaggle) == 0
+    late = kaggle | {"SERIES_STARTED": str(time.time() - 3600)}
+    assert series.run("working/first", **late) == 3, "05 as well stops in good order"
+    assert runs.read_stage(working / "first", "05_distillation")["stopped"].startswith("0 of 2")
     assert series.run("working/first", **kaggle) == 0
+    assert sorted(p.name for p in working.iterdir()) == ["first", "first.log"]
     assert {p: p.stat().st_mtime for p in mounted.rglob("*")} == before
     second = working / "first"
     assert runs.read_stage(second, "03_teacher_phase_2")["id"] == stopped["id"]
-    assert_same(outcome(tmp_path / "whole"), outcome(second))
+    assert_same(whole[0], outcome(second))

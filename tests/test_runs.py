@@ -178,6 +178,18 @@ def test_the_outlook_counts_what_the_series_still_has_ahead(enter, monkeypatch):
     assert "limit" not in stage.outlook("phase 1", 120, 120, 60)
 
 
+def test_the_outlook_of_the_student_counts_the_one_on_labels_alone(tmp_path, monkeypatch):
+    from standins import make_stage
+
+    epochs = {"STUDENT_HEAD_EPOCHS": 1, "STUDENT_EPOCHS": 9}
+    stage = make_stage(tmp_path, notebook="05_distillation", LABELS_ONLY=True, **epochs)
+    monkeypatch.setattr(runs, "clock", lambda moment: str(round(moment / 60)))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert "ends about 2, the series soon after 12." in stage.outlook("all", 120, 120, 60)
+    stage.saved["facts"]["student"] = {"best_epoch": 3}
+    assert "ends about 2, the series soon after 2." in stage.outlook("all", 120, 120, 60)
+
+
 def test_the_outlook_of_a_notebook_alone_reads_the_profile_that_the_run_is_named_for(
     enter, project
 ):

@@ -254,21 +254,18 @@ class Stage:
 
         After `here` seconds more the training in hand is over; `seconds` is its pace an epoch.
         """
-        plan, teacher = self.planned, self.folder.parent.name == "teacher"
-        if teacher:  # a later phase trains more layers; a look takes a third of an epoch
-            later = [p for p in (2, 3) if self.folder.name < f"phase_{p}"]
-            epochs = sum(plan.get(f"PHASE_{p}_EPOCHS", 0) for p in later) + plan.get("VIEWS", 0) / 3
+        now, plan = time.time(), self.planned
+        if self.folder.parent.name == "teacher":
+            later = [p for p in (2, 3) if self.folder.name < f"phase_{p}"]  # train more layers
+            looks = plan.get("VIEWS", 0) / 3  # the third of an epoch each
+            epochs = sum(plan.get(f"PHASE_{p}_EPOCHS", 0) for p in later) + looks
+            ends = "not before {}, when the student begins"
         else:  # the student on labels alone comes after the distilled one
             again = plan.get("LABELS_ONLY", False) and "student" not in self.saved["facts"]
             both = ("STUDENT_HEAD_EPOCHS", "STUDENT_EPOCHS")
-            epochs = again * sum(plan.get(name, 0) for name in both)
-        now, end = time.time(), time.time() + here + epochs * seconds
-        text = f"{what} ends about {clock(now + left)}, the series "
-        text += (
-            f"not before {clock(end)}, when the student begins"
-            if teacher
-            else (f"soon after {clock(end)}")
-        )
+            epochs, ends = again * sum(plan.get(name, 0) for name in both), "soon after {}"
+        end = now + here + epochs * seconds
+        text = f"{what} ends about {clock(now + left)}, the series {ends.format(clock(end))}"
         if self.deadline < float("inf"):
             text += f"; the time limit is {clock(self.deadline)}"
         if end > self.deadline:
