@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -228,6 +229,15 @@ def test_stored_rows_match_the_manifest_after_files_were_left_out(tmp_path):
 
 
 # ---------------------------------------------------------------- splits
+
+
+def test_more_images_than_memory_holds_are_refused_before_any_is_read(tmp_path, monkeypatch):
+    free = SimpleNamespace(available=3 * 100 * 64**2 - 1)
+    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: free)
+    table = pd.DataFrame({"image": ["gone.png"] * 100})
+    with pytest.raises(MemoryError, match=r"100 images at 64 px .* lower STORED_SIZE"):
+        folders.decode(tmp_path, table, 64)
+    assert len(folders.decode(tmp_path, table[:99], 64)[0]) == 99
 
 
 def test_missing_splits_are_carved_by_patient_and_said(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ SPLITS = ("train", "val", "test")
 NEVER_POOLED = "auto_test"  # in the public knee data: the test patients again, in another crop
 EXTENSIONS = {".png", ".jpg", ".jpeg"}
 PATIENT = re.compile(r"(\d+)[LR](?![0-9A-Za-z])")  # 9001695L.png: the left knee of 9001695
+COPIES = 3  # of all images in memory: as stored, as a model wants them, and TensorFlow's own
 SYNTHETIC = "SYNTHETIC.json"  # phantoms carry it
 
 
@@ -216,7 +218,16 @@ def decode(folder: Path, table: pd.DataFrame, size: int) -> tuple[np.ndarray, pd
     and resized with antialiasing; 16-bit images are scaled by the bits that they use. facts: table
     and the columns width, height, bits, pixels (sha256 of the decoded gray values), constant,
     problem ("" or why the file could not be read: its row of images is black).
+
+    Raises:
+        MemoryError: so many images of this size do not fit, with the copies that training makes.
     """
+    needed, free = COPIES * len(table) * size**2, psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"{len(table):,} images at {size} px and the copies that training makes take "
+            f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: lower STORED_SIZE."
+        )
     images = np.zeros((len(table), size, size, 1), "uint8")
 
     def one(row):
