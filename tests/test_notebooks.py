@@ -52,6 +52,12 @@ def test_the_set_up_cell_is_the_same_everywhere():
     assert len(first) == 1 and len([x for x in first.pop().splitlines() if x.strip()]) <= 6
 
 
+@pytest.mark.parametrize("path", SERIES, ids=lambda p: p.stem)
+def test_two_or_three_cells_are_to_be_predicted(path):
+    asked = ["".join(c["source"]).count("**Predict, then run:**") for c in cells(path, "markdown")]
+    assert 2 <= sum(asked) <= 3 and max(asked) == 1
+
+
 def test_a_parameter_stands_in_exactly_one_notebook():
     owners = {}
     for notebook, own in parameters.declared().items():

@@ -89,6 +89,7 @@ def repository(tmp_path):
 def test_the_cell_fetches_the_tag_once_and_takes_what_is_near_first(tmp_path, repository):
     empty, here = tmp_path / "empty", tmp_path / "fetched"
     empty.mkdir()
+    (empty / "utils.py").write_text("raise ImportError('another package of this name')")
     cell = publish.setup_cell(repository.as_uri(), "v1.0.0")
     cell = cell.replace("/tmp/knee-distillation-v1.0.0", str(here))
     for _ in range(2):  # the next notebook of the same session finds it
