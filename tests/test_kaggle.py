@@ -5,14 +5,16 @@ The client is real, its network is the test's; push.sh runs against a stub clien
 
 import json
 import os
+import re
 import subprocess
 import zipfile
 
 import nbformat
 import pytest
+import test_pages
 
 from utils import __main__ as command_line
-from utils import kaggle, parameters, preflight, runs
+from utils import kaggle, pages, parameters, preflight, runs
 from utils.folders import find_dataset
 
 DATA = "shashwatwork/knee-osteoarthritis-dataset-with-severity"
@@ -500,6 +502,23 @@ def test_a_series_that_never_ends_is_stopped(push):
         ("kernels output.*FINISHED", [[0, "<UNFINISHED>"]]), arguments=["series"]
     )
     assert status == 1 and "six sessions" in words and len(pushed(calls)) == 7
+
+
+def test_what_is_fetched_is_all_that_the_page_of_a_run_links_to(tmp_path):
+    script = (runs.root() / "utils" / "kaggle_push.sh").read_text()
+    [pattern] = re.findall(r"^results='(.*)'$", script, re.M)
+    run = test_pages.make_run(tmp_path / "output" / "runs" / "kaggle")
+    (run / "data" / "phantoms").mkdir()
+    for name in ("data/phantoms/1L.png", "teacher/phase_1/teacher.keras", "data/images.npy"):
+        (run / name).touch()
+    page = pages.build(run)
+    links = test_pages.Links(page.read_text()).links
+    for path in [path for path in run.rglob("*") if path.is_file()]:
+        if not re.search(pattern, path.relative_to(tmp_path / "output").as_posix()):
+            path.unlink()
+    assert test_pages.dead(run, links) == [] and page.exists()
+    assert not list(run.glob("data/phantoms/*")) and not (run / "data/images.npy").exists()
+    assert [path.parent.name for path in run.rglob("teacher.keras")] == ["phase_3"]
 
 
 # What is missing on Kaggle.

@@ -113,7 +113,8 @@ fetch() {  # KERNEL-ID TARGET PATTERN: every page of a kernel's output
   done
 }
 
-results='(^|/)(report|student|notebooks)/|teacher/phase_3/teacher\.keras$|history.*\.csv$|stage\.json$|index\.html$'
+# What the page of a run links to; not the phantoms, nor the models of the phases before the last.
+results='(^|/)(report|student|notebooks)/|/(data|phase_[123])/[^/]*\.(png|csv|json)$|/phase_3/teacher\.keras$|index\.html$'
 
 series() {
   local round=1 folder=series again=series_again
