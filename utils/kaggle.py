@@ -53,9 +53,11 @@ attached = Path(os.environ.get("KAGGLE_INPUT_ROOT", "/kaggle/input"))
 working = Path(os.environ.get("KAGGLE_WORKING_ROOT", "/kaggle/working"))
 if CONTINUES and not any(attached.rglob("data/stage.json")):
     sys.exit("No earlier run is attached: nothing was begun, so that no GPU hours are lost.")
-code = next(attached.rglob("utils/series.py")).parent.parent
+code = [path.parent.parent for path in attached.rglob("utils/series.py")]
+if not code:
+    sys.exit("No code is attached: choose Add Input > Datasets > knee-distillation-code.")
 command = [sys.executable, "-m", "utils", "run", "--profile", "{profile}"]
-status = subprocess.run(command, cwd=code).returncode
+status = subprocess.run(command, cwd=code[0]).returncode
 (working / ("FINISHED" if status == 0 else "UNFINISHED")).touch()
 sys.exit(0 if status == 3 else status)  # 3: out of time, to be continued
 '''
