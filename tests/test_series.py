@@ -140,6 +140,27 @@ def test_a_kernel_that_dies_is_said(command):
     assert status == 1 and "kernel died" in err and "memory" in err and len(err.splitlines()) <= 4
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Kernel died before replying to kernel_info"), "its kernel died or did not"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_what_ends_a_notebook_from_outside_is_said_in_a_line_or_two(
+    project, command, monkeypatch, error, said
+):
+    import papermill
+
+    def ends(source, target, *_, **__):
+        Path(target).write_text("{}")
+        raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", ends)
+    status, _, err = command()
+    assert status == 1 and said in err and len(err.splitlines()) <= 2
+
+
 def test_a_stage_that_fails_after_it_finished_runs_again(project, command):
     assert command()[0] == 0
     (project / "runs/tiny/notebooks/03_teacher_phase_2.ipynb").unlink()

@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
     except parameters.ParameterError as error:
         print(error, file=sys.stderr)
         return USAGE
-    except (SeriesError, runs.StageError) as error:
+    except (SeriesError, runs.StageError, OSError) as error:
         print(error, file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -281,7 +281,6 @@ def execute(run_dir: Path, notebook: str, values: Mapping, root: Path, bar: tqdm
         runs.StageError: an earlier stage is missing or unfinished.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     runs.earlier_settings(run_dir, notebook)
@@ -297,11 +296,12 @@ def execute(run_dir: Path, notebook: str, values: Mapping, root: Path, bar: tqdm
             running,
             parameters={name: value for name, value in values.items() if name in own},
             cwd=root,
+            start_timeout=600,  # seconds; a busy machine is no reason to lose a run
             progress_bar={"desc": notebook, "position": 1, "leave": False, "disable": bar.disable},
             stdout_file=Ticker(bar),
             extra_arguments=["--IPKernelApp.log_level=50"],  # its own log would break the bar
         )
-    except (PapermillExecutionError, DeadKernelError) as error:
+    except (PapermillExecutionError, RuntimeError) as error:  # the kernel's death is such a one
         failed = running.replace(executed(run_dir, notebook, ".failed"))
         raise SeriesError(failure(notebook, failed, error)) from error
     running.replace(executed(run_dir, notebook))
@@ -331,9 +331,11 @@ class Ticker:
 def failure(notebook: str, failed: Path, error: Exception) -> str:
     """Which cell failed and why, on one screen (at most 24 lines of 160 characters)."""
     if not hasattr(error, "exec_count"):
+        reason = " ".join(str(error).split())[:100]
         return (
-            f"{notebook}: its kernel died, most often because memory ran out. Less is needed with "
-            f"a smaller batch or image size.\nAs far as it came: {failed}"
+            f"{notebook}: its kernel died or did not start ({reason}), most often because memory "
+            "ran out. Less is needed with a smaller batch or image size.\n"
+            f"As far as it came: {failed}"
         )
     trace = ANSI.sub("", "\n".join(error.traceback)).splitlines()
     frames = [line for line in trace if re.match(r"(File |Cell In|\S+\.py:\d+|\S+\.py in )", line)]

@@ -229,7 +229,7 @@ def train(
     notes = [progress.stopped] if progress.stopped else []
     checkpoints.assign(model.weights, best, "best weights")
     validation = devices.shared(recipe.validation, recipe.batch_size, replicas)
-    if progress.best_qwk < COLLAPSED_QWK and one_class(model, validation):
+    if progress.best_epoch and progress.best_qwk < COLLAPSED_QWK and one_class(model, validation):
         learned = checkpoints.arrays_of(model.variables)
         checkpoints.assign(model.variables, start, "first weights")
         if one_class(model, validation):
