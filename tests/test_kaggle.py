@@ -92,13 +92,14 @@ def client(monkeypatch, tmp_path):
     api.sent = []
     api.known_dataset = False
     api.uploads = {}
+    api.answers = {"GetDatasetStatus": {"status": "READY"}}
 
     def send(_, request, **__):
         url = request.url
         response = requests.Response()
         response.status_code, response.request, response.url = 200, request, url
         response.headers["Content-Type"] = "application/json"
-        answer = {}
+        answer = api.answers.get(url.rsplit("/", 1)[1], {})
         if url.startswith("https://upload.test/"):
             api.uploads[url.rsplit("/", 1)[1]] = request.body.read()
         else:
@@ -107,7 +108,6 @@ def client(monkeypatch, tmp_path):
             if url.endswith("/SaveKernel"):
                 answer = {"versionNumber": 3, "url": "u", "ref": "r"}
             elif url.endswith("/GetDatasetStatus"):
-                answer = {"status": "READY"}
                 response.status_code = 200 if api.known_dataset else 404
             elif url.endswith("/StartBlobUpload"):
                 answer = {"token": body["name"], "createUrl": f"https://upload.test/{body['name']}"}
@@ -209,6 +209,24 @@ def test_the_code_is_uploaded_as_a_private_dataset_with_its_folders(folders, cli
     call, body = client.sent[-1]
     assert call == "CreateDatasetVersion" and body["datasetSlug"] == "knee-distillation-code"
     assert len(body["body"]["files"]) == 3
+
+
+def test_push_reads_words_that_the_client_says(client, capsys):
+    client.answers = {
+        "GetKernelSessionStatus": {
+            "status": "ERROR",
+            "failureMessage": "Your notebook ran out of memory",
+        },
+        "GetDatasetStatus": {"status": "READY"},
+        "GetDataset": {"currentVersionNumber": 1},
+    }
+    client.kernels_status_cli("jane/kernel/7")
+    assert capsys.readouterr().out.replace("jane/kernel/7", "jane/x").strip() == FAILED[1]
+    client.known_dataset = True
+    assert json.loads(client.dataset_status("jane/dataset", format="json")) == json.loads(READY[1])
+    client.known_dataset = False
+    with pytest.raises(Exception, match="404"):
+        client.dataset_status("jane/dataset", format="json")
 
 
 def test_the_weights_kernel_saves_what_02_and_05_then_load(project, tmp_path, monkeypatch):
@@ -331,6 +349,7 @@ def says(word):
     return [0, f'jane/x has status "KernelWorkerStatus.{word}"']
 
 
+FAILED = [0, says("ERROR")[1] + '\nFailure message: "Your notebook ran out of memory"']
 USUAL = [
     ("datasets status", [NOT_THERE, READY]),
     ("datasets create", [[0, "Your private Dataset is being created. Please check progress at u"]]),
@@ -435,6 +454,7 @@ def test_an_existing_code_dataset_gets_a_new_version_that_is_waited_for(push):
         (("status .*03", [says("RUNNING"), says("ERROR")]), "ERROR", 4),
         (("status .*03", [[0, 'x has status "error"'], says("ERROR")]), "ERROR", 4),
         (("status .*03", [says("QUEUED"), says("CANCEL_ACKNOWLEDGED")]), "CANCEL_ACKNOW", 4),
+        (("status .*03", [says("QUEUED"), FAILED]), "out of memory", 4),
         (("status .*03", [[0, 'x has status "lost"']]), "lost", 4),
         (("status .*03", [[1, "503 Server Error"]]), "503", 4),
         # The version before's COMPLETE, read right after the push, is not this one's.

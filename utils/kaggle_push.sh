@@ -60,8 +60,8 @@ push() {  # FOLDER: push it and note its version in state/FOLDER; else `words` s
   say "$1: version $version of kaggle.com/code/$(id_of "$1")"
 }
 
-wait_for() {  # FOLDER: 0 when its pushed version is COMPLETE; else `status` says what it is
-  local out id version seen=no same=0 errors=0
+wait_for() {  # FOLDER: 0 when its pushed version is COMPLETE; else `words` says what is wrong
+  local out id version status seen=no same=0 errors=0
   id=$(id_of "$1")
   version=$(cut -d' ' -f2 "state/$1")
   while :; do
@@ -81,6 +81,7 @@ wait_for() {  # FOLDER: 0 when its pushed version is COMPLETE; else `status` say
         # still be the version before's. It counts once this one was seen to run, or said thrice.
         same=$((same + 1))
         if [ "$seen" = yes ] || [ "$same" -ge 3 ]; then
+          words=$out
           [ "$status" = COMPLETE ]
           return
         fi ;;
@@ -97,7 +98,7 @@ run_kernel() {  # FOLDER: push it unless that was done, wait, stop on anything b
   esac
   if ! wait_for "$1"; then
     rm "state/$1"
-    stop "$1: $status, see kaggle.com/code/$(id_of "$1")"
+    stop "$words, see kaggle.com/code/$(id_of "$1")"
   fi
   echo complete >"state/$1"
   say "$1: COMPLETE"
