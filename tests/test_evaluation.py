@@ -157,7 +157,3 @@ def test_whether_views_pay_is_a_paired_difference():
     assert found["accuracy"]["ci95"][0] > 0 and "averaging 8 views gains" in found["sentence"]
     gap = found["averaged"] - found["single"]
     assert found["accuracy"]["difference"] == pytest.approx(gap, abs=2e-6)
-
-
-def test_compilation_is_left_to_the_accelerator_unless_asked():
-    assert evaluation.resolve_jit(True) and not evaluation.resolve_jit(False)

@@ -178,7 +178,7 @@ def test_a_file_that_nothing_runs_is_a_row_not_a_crash(tmp_path, pixels, labels,
     assert row["accuracy"] is row["ms"] is None
     assert "no setting" in row["settings"]
     assert probabilities == {}
-    assert export.best_small([row]) is None
+    assert litert.best_small([row]) is None
 
 
 def test_tensorflows_interpreter_serves_where_litert_is_not(files, pixels, wanted, monkeypatch):
@@ -197,8 +197,8 @@ def test_best_small_file():
         {"name": "c", "bytes": 1_500_000, "accuracy": 0.7, "ms": 2.0},
         {"name": "d", "bytes": 1_000_000, "accuracy": None, "ms": None},
     ]
-    assert export.best_small(rows)["name"] == "c"
-    assert export.best_small(rows[:1]) is None
+    assert litert.best_small(rows)["name"] == "c"
+    assert litert.best_small(rows[:1]) is None
 
 
 def test_bad_exports_are_refused(student, tmp_path):
@@ -377,3 +377,17 @@ def test_card_of_another_dataset_claims_no_knees():
     other = report(1)
     other["dataset"]["classes"] = list("abcde")
     assert "Osteoarthritis Initiative" not in export.model_card(other)
+
+
+def test_card_names_the_file_to_carry_along_and_what_it_loses():
+    known = report(1)
+    for row in known["exports"]:
+        row |= {"bytes": 2_000_000, "under_float32": None}
+    known["exports"][3] |= {"bytes": 1_480_000}
+    gap = {"figure": "accuracy", "difference": -0.006, "ci95": [-0.017, 0.005]}
+    known["exports"][3]["under_float32"] = gap
+    card = export.model_card(known)
+    assert "student_dynamic_8bit.tflite is the most accurate: it gives up 0.6 points" in card
+    assert 'path = "student_dynamic_8bit.tflite"' in card
+    known["exports"][3]["bytes"] = 2_000_000
+    assert "No file of at most 1.5 MB runs here." in export.model_card(known)

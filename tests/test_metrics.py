@@ -179,3 +179,15 @@ def test_intervals_hold_the_truth_over_patients_and_less_often_over_images():
     over_images = np.mean([found["images"][name] for name in plain])
     assert 0.91 <= over_patients <= 0.985
     assert over_images < over_patients - 0.02
+
+
+def test_the_calibration_errors_interval_holds_its_figure_where_plain_percentiles_do_not():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(CLASSES) * 0.8, 800)
+    labels = np.array([rng.choice(CLASSES, p=p) for p in probabilities])  # calibrated by making
+    weights = metrics.resample(800, draws=300).weights
+    figure = metrics.resampled_ece(np.ones((1, 800)), labels, probabilities)[0]
+    plain = metrics.interval(metrics.resampled_ece(weights, labels, probabilities))
+    assert plain[0] > figure  # noise adds to every gap
+    low, high = metrics.interval(metrics.ece_draws(weights, labels, probabilities))
+    assert 0 <= low < figure < high < plain[1]

@@ -83,7 +83,6 @@ FIGURES = {
     "confusion_matrices": (lambda: plots.confusion_matrices(
         {"teacher": COUNTS, "student": COUNTS}, NAMES, note="synthetic"), 3,
         ["teacher", "student", f"{52 / 60:.0%}\n52", "(synthetic)"]),
-    "agreement": (lambda: plots.agreement(COUNTS, NAMES), 2, [f"{138 / 178:.0%} of 178 knees"]),
     "metric_intervals": (lambda: plots.metric_intervals(MODELS.assign(metric="accuracy")), 1,
                          ["accuracy", "0.710 (0.690 to 0.730)", "student"]),
     "recall_intervals": (lambda: plots.recall_intervals(

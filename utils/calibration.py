@@ -133,16 +133,12 @@ def quality(labels, probabilities, drawn: metrics.Resamples) -> dict:
     probabilities = np.asarray(probabilities, np.float64)
     classes = probabilities.shape[1]
     error = np.sum((probabilities - metrics.one_hot(labels, classes)) ** 2, axis=1)
-    weights = np.concatenate([np.ones((1, len(labels)), np.float32), drawn.weights])
-    samples = {
-        "ece": metrics.resampled_ece(weights, labels, probabilities),
-        "brier": weights @ error / weights.sum(axis=1),
-    }
+    weights = drawn.point_first
+    ece = metrics.resampled_ece(weights[:1], labels, probabilities)
+    ece = np.append(ece, metrics.ece_draws(weights[1:], labels, probabilities))
     found = {"log_loss": float(log_loss(labels, probabilities, labels=np.arange(classes)))}
-    for name, values in samples.items():
-        found[name] = metrics.plain(values[0])
-        found[f"{name}_ci95"] = metrics.plain(metrics.interval(values[1:]))
-    return found
+    brier = weights @ error / weights.sum(axis=1)
+    return found | metrics.told("ece", ece) | metrics.told("brier", brier)
 
 
 def reliability(labels, probabilities, bins: int = metrics.BINS) -> pd.DataFrame:
@@ -178,7 +174,7 @@ def selective(labels, probabilities, predictions, drawn: metrics.Resamples) -> l
     """
     order = np.argsort(-np.max(probabilities, axis=1), kind="stable")
     right = (np.asarray(predictions) == labels)[order]
-    weights = np.concatenate([np.ones((1, len(right)), np.float32), drawn.weights])[:, order]
+    weights = drawn.point_first[:, order]
     kept = np.cumsum(weights, axis=1)
     hits = np.cumsum(weights * right, axis=1)
     rows, table = np.arange(len(weights)), []
@@ -189,8 +185,7 @@ def selective(labels, probabilities, predictions, drawn: metrics.Resamples) -> l
             {
                 "coverage": coverage,
                 "images": int(kept[0, last[0]]),
-                "accuracy": metrics.plain(accuracy[0]),
-                "accuracy_ci95": metrics.plain(metrics.interval(accuracy[1:])),
+                **metrics.told("accuracy", accuracy),
             }
         )
     return table
@@ -200,14 +195,9 @@ def referred(labels, probabilities, predictions, refer_below: float, drawn) -> d
     """What the threshold that val set does here: {refer_below, coverage, accuracy} with `_ci95`."""
     kept = np.max(probabilities, axis=1) >= refer_below
     right = kept & (np.asarray(predictions) == labels)
-    weights = np.concatenate([np.ones((1, len(kept)), np.float32), drawn.weights])
+    weights = drawn.point_first
     with np.errstate(invalid="ignore"):
-        samples = {
-            "coverage": weights @ kept / weights.sum(axis=1),
-            "accuracy": (weights @ right) / (weights @ kept),
-        }
+        coverage = weights @ kept / weights.sum(axis=1)
+        accuracy = (weights @ right) / (weights @ kept)
     found = {"refer_below": metrics.plain(refer_below)}
-    for name, values in samples.items():
-        found[name] = metrics.plain(values[0])
-        found[f"{name}_ci95"] = metrics.plain(metrics.interval(values[1:]))
-    return found
+    return found | metrics.told("coverage", coverage) | metrics.told("accuracy", accuracy)

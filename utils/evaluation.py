@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -18,6 +19,9 @@ from utils import calibration, data, distillation, metrics, runs, views
 
 OPENINGS = "test_openings.json"
 GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # spreads any number of views evenly round a circle
+# Batches on their way: one alone leaves cores idle in a network's small layers, and an accelerator
+# while views are made.
+AT_A_TIME = 2
 USUAL = {"flip": True, "rotation": 8.0, "shift": 0.04}
 
 
@@ -51,21 +55,6 @@ def test_time_parameters(count: int, augmentation: Mapping | None = None) -> np.
     return found
 
 
-def resolve_jit(jit_compile: bool | str = "auto") -> bool:
-    """Whether prediction is compiled with XLA: "auto" means on an accelerator.
-
-    On a processor XLA's convolutions are many times slower than oneDNN's, and the notebook on
-    benchmarks shows it.
-    """
-    if jit_compile != "auto":
-        return bool(jit_compile)
-    if keras.backend.backend() != "tensorflow":
-        return True
-    import tensorflow as tf
-
-    return len(tf.config.list_physical_devices("GPU")) == 1
-
-
 def view_logits(
     model: keras.Model,
     pixels: np.ndarray,
@@ -82,30 +71,28 @@ def view_logits(
         pixels: uint8 (n, S, S, 1), n >= 1.
         count: number of views, see `test_time_parameters`.
         batch_size: images times views in a batch, at least one image with all its views.
+        jit_compile: whether with XLA; "auto" leaves it to Keras, which does so on a GPU.
 
     Returns:
         float32 (n, count, K); [:, 0] belongs to the image itself.
     """
-    import tensorflow as tf
-
     parameters = test_time_parameters(count, augmentation)
-    images = max(1, min(batch_size // count, len(pixels)))
-    padding = -len(pixels) % images  # every batch has one shape: traced and compiled once
+    batches = -(-len(pixels) // max(1, batch_size // count))
+    images = -(-len(pixels) // batches)  # evenly, so that little is padded
+    padding = images * batches - len(pixels)  # every batch has one shape: compiled once
     padded = np.concatenate([pixels, np.repeat(pixels[-1:], padding, axis=0)])
-    with tf.device("CPU:0"):
-        store, tiled = tf.constant(padded), tf.constant(np.tile(parameters, (images, 1)))
-
-    def batch(start):
-        same = tf.repeat(store[start : start + images], count, axis=0)
-        x = views.augment(same, tiled) if count > 1 else tf.cast(same, tf.float32)
-        return tf.ensure_shape(x, (images * count, *pixels.shape[1:]))
-
-    starts = tf.data.Dataset.range(0, len(padded), images)
-    batches = starts.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
-    jit_compile = resolve_jit(jit_compile)
-    if not model.compiled or model.jit_compile != jit_compile:  # compiled once for all splits
+    tiled = np.tile(parameters, (images, 1))
+    if not model.compiled or jit_compile not in ("auto", model.jit_compile):  # once for all splits
         model.compile(jit_compile=jit_compile)
-    logits = model.predict(batches, verbose=0)
+
+    def look(start):
+        same = np.repeat(padded[start : start + images], count, axis=0)
+        x = views.augment(same, tiled) if count > 1 else same.astype(np.float32)
+        return model.predict_on_batch(x)
+
+    first = look(0)  # traces, which two threads at once must not
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        logits = np.concatenate([first, *pool.map(look, range(images, len(padded), images))])
     return logits.reshape(len(padded), count, -1)[: len(pixels)].astype(np.float32)
 
 

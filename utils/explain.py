@@ -158,11 +158,10 @@ def deletion_check(
         "unit": drawn.unit,
         "share": float((at_peak > at_random).mean()),
     }
+    weights = drawn.point_first
     falls = {"hottest_fall": at_peak, "random_fall": at_random, "difference": at_peak - at_random}
     for name, values in falls.items():
-        means = drawn.weights @ values / drawn.weights.sum(axis=1)
-        found[name] = metrics.plain(values.mean())
-        found[f"{name}_ci95"] = metrics.plain(metrics.interval(means))
+        found |= metrics.told(name, weights @ values / weights.sum(axis=1))
     return found
 
 
@@ -174,20 +173,6 @@ def hottest_part(maps: np.ndarray, fraction: float = 0.1) -> np.ndarray:
     chosen = np.zeros(flat.shape, bool)
     np.put_along_axis(chosen, top, True, axis=1)
     return chosen.reshape(maps.shape)
-
-
-def overlay(image: np.ndarray, heat: np.ndarray, strength: float = 0.55) -> np.ndarray:
-    """Lay a map over a radiograph: uint8 (S, S) or (S, S, 1) and float (S, S) 0 to 1.
-
-    Returns uint8 (S, S, 3). The palette (matplotlib's inferno) rises evenly in brightness, so it
-    reads the same to a colour-blind eye; where the map is 0 the radiograph is untouched.
-    """
-    import matplotlib
-
-    gray = np.asarray(image, "float32").reshape(heat.shape)[..., None]
-    colour = matplotlib.colormaps["inferno"](heat)[..., :3] * 255
-    alpha = strength * np.clip(heat, 0, 1)[..., None]
-    return np.rint((1 - alpha) * gray + alpha * colour).astype("uint8")
 
 
 def _in_batches(function, batch_size: int, images, *others) -> np.ndarray:

@@ -24,7 +24,7 @@ from utils.model_card import model_card
 
 tf.get_logger().setLevel("ERROR")  # retracing and "assets written" tell a reader nothing
 
-__all__ = ["FORMATS", "SMALL", "best_small", "export", "milliseconds", "model_card", "table"]
+__all__ = ["FORMATS", "export", "milliseconds", "model_card", "table"]
 
 # name: what it is. The order is the table's.
 FORMATS = {
@@ -36,7 +36,6 @@ FORMATS = {
 }
 CALIBRATION = 100  # images
 FEW = 1024  # weights: a smaller tensor is not worth rounding to 8 bits
-SMALL = 1_500_000  # bytes: what a student to carry along may weigh
 
 
 def export(
@@ -204,9 +203,3 @@ def milliseconds(interpreter, pixels: np.ndarray, repeats: int = 100) -> float:
         if number >= 0:
             taken.append(time.perf_counter() - start)
     return float(np.median(taken) * 1000)
-
-
-def best_small(rows: list[dict], limit: int = SMALL) -> dict | None:
-    """The row of the most accurate file of at most `limit` bytes, or None; ties: the faster one."""
-    small = [row for row in rows if row["bytes"] <= limit and row["accuracy"] is not None]
-    return max(small, key=lambda row: (row["accuracy"], -row["ms"]), default=None)

@@ -214,7 +214,7 @@ def study(features, labels, patients, *, draws: int = 2000, seed: int = 0) -> li
         ("views before the split", wide, repeated, np.arange(count * copies), False),
     ]
     drawn = metrics.resample(count, patients, draws=draws, seed=seed)
-    weights = np.concatenate([np.ones((1, count), np.float32), drawn.weights])
+    weights = drawn.point_first
     table, samples = [], {}
     for name, counterpart, images, rows, grouped in plans:
         splitter = by_patient if grouped else by_image
@@ -223,9 +223,10 @@ def study(features, labels, patients, *, draws: int = 2000, seed: int = 0) -> li
         hits = np.bincount(images, right, minlength=count)
         total = np.bincount(images, minlength=count)
         samples[name] = (weights @ hits) / (weights @ total)
-        gap = samples[name] - samples[counterpart] if counterpart else None
         entry = {"protocol": name, "leaking": counterpart is not None, "counterpart": counterpart}
-        entry |= summary("accuracy", samples[name]) | summary("gap", gap)
+        entry |= metrics.told("accuracy", samples[name]) | {"gap": None, "gap_ci95": None}
+        if counterpart:
+            entry |= metrics.told("gap", samples[name] - samples[counterpart])
         table.append(entry | {"images": len(np.unique(images)), "unit": drawn.unit})
     return table
 
@@ -258,14 +259,6 @@ def run_study(dataset: data.Dataset, images: int, backbone: str, weights: str, s
         "features": made,
         "classifier": f"support vector machine, Gaussian kernel, C = {PENALTY:g}",
     }
-
-
-def summary(name: str, values: np.ndarray | None) -> dict:
-    """Point (the first value) and interval (of the others) as plain values."""
-    if values is None:
-        return {name: None, f"{name}_ci95": None}
-    interval = metrics.plain(metrics.interval(values[1:]))
-    return {name: metrics.plain(values[0]), f"{name}_ci95": interval}
 
 
 def study_sentences(table: list[Mapping]) -> list[str]:

@@ -18,6 +18,7 @@ from utils import runs
 REFER_BELOW = 0.5  # without a figure from val: less sure than heads or tails goes to a person
 SIDECAR = {"class_names", "image_size", "temperature", "refer_below", "decision", "thresholds"}
 PLAIN = "BUILTIN_WITHOUT_DEFAULT_DELEGATES"
+SMALL = 1_500_000  # bytes: what a student to carry along may weigh
 
 
 def write_sidecar(
@@ -129,3 +130,9 @@ def shapes(interpreter) -> tuple[int, int]:
             "uint8 (1, S, S, 1) is needed, as notebook 06 exports it."
         )
     return size, classes
+
+
+def best_small(rows: Sequence[dict], limit: int = SMALL) -> dict | None:
+    """The row of the most accurate file of at most `limit` bytes, or None; ties: the faster one."""
+    small = [row for row in rows if row["bytes"] <= limit and row["accuracy"] is not None]
+    return max(small, key=lambda row: (row["accuracy"], -row["ms"]), default=None)

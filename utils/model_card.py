@@ -6,7 +6,9 @@ https://arxiv.org/abs/1810.03993. Every figure comes from the report; none is ty
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from utils import litert, metrics
 
 SYNTHETIC = """\
 > **Synthetic data.** This model was trained and measured on drawn phantoms, not on radiographs of
@@ -74,7 +76,9 @@ def model_card(report: Mapping) -> str:
     parts = [f"# Model card: a student that grades {_subject(dataset)}\n"]
     if dataset.get("synthetic"):
         parts.append(SYNTHETIC)
-    parts += [_what(report), USE, _data(dataset), _figures(report), _exports(report), LIMITS, LOAD]
+    parts += [_what(report), USE, _data(dataset), _figures(report), _exports(report), LIMITS]
+    best = litert.best_small(report.get("exports") or [])
+    parts.append(LOAD.replace("FILE", best["file"] if best else "student_float32.tflite"))
     return "\n".join(part for part in parts if part)
 
 
@@ -142,8 +146,8 @@ def _figures(report: Mapping) -> str:
     binary = {n: m["binary"] for n, m in models.items() if m.get("binary")}
     for name, found in binary.items():
         told = ", ".join(
-            f"{figure} {_with_interval(found, figure)}"
-            for figure in ("sensitivity", "specificity", "auroc")
+            f"{shown} {_with_interval(found, shown.lower())}"
+            for shown in ("sensitivity", "specificity", "AUROC")
         )
         lines.append(f"\nGrade {found['cut']} or more, {name.replace('_', ' ')}: {told}.")
     if evaluated.get("opening"):
@@ -178,7 +182,20 @@ def _exports(report: Mapping) -> str:
     ]
     head = ["file", "MB", "accuracy", "QWK", "agreement with Keras", "ms an image", "settings"]
     text = "## Files to carry along\n\nMeasured by running them, one thread, one image at a time.\n"
-    return "\n".join([text, *_table(head, rows)]) + "\n"
+    return "\n".join([text, *_table(head, rows), f"\n{carried(exports)}"]) + "\n"
+
+
+def carried(rows: Sequence[Mapping]) -> str:
+    """Which export to carry along and what it loses, in words.
+
+    rows: as `export.table` returns them.
+    """
+    best, limit = litert.best_small(rows), f"at most {litert.SMALL / 1e6:g} MB"
+    if best is None:
+        return f"No file of {limit} runs here."
+    told = f"Of the files of {limit}, {best['file']} is the most accurate"
+    gap = best.get("under_float32")
+    return f"{told}: {metrics.sentence(gap, 'it', 'float32')}." if gap else f"{told}."
 
 
 LOAD = """\
@@ -190,10 +207,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from ai_edge_litert.interpreter import Interpreter
 
-about = json.load(open("student_weights_8bit.json"))
+path = "FILE"
+about = json.load(open(path.replace(".tflite", ".json")))
 side = about["image_size"]
 image = ImageOps.pad(Image.open("knee.png").convert("L"), (side, side), Image.BICUBIC)
-model = Interpreter("student_weights_8bit.tflite")
+model = Interpreter(path)
 model.allocate_tensors()
 model.set_tensor(model.get_input_details()[0]["index"], np.asarray(image)[None, ..., None])
 model.invoke()

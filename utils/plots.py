@@ -24,7 +24,6 @@ from PIL import Image
 
 from utils import runs
 from utils.report_plots import (
-    agreement,
     confusion_matrices,
     coverage,
     deletion,
@@ -60,7 +59,7 @@ from utils.teaching_plots import (
 )
 
 __all__ = [
-    "agreement", "attention_map", "augmented_views", "class_counts", "confusion_matrices",
+    "attention_map", "augmented_views", "class_counts", "confusion_matrices",
     "contact_sheet", "coverage", "deletion", "differences", "error_gallery", "explanation_page",
     "exports", "frozen_map", "gallery", "images_per_patient", "leak_gaps", "learning_curves",
     "metric_intervals", "ratios", "recall_intervals", "reliability", "save", "scales_on_image",
@@ -134,7 +133,8 @@ def tabulate(
         names: class names, for figures that are lists, one entry a class.
 
     Returns:
-        Columns model, metric, value, low, high; with `names` also class and count (of images).
+        Columns model, metric, value, low, high; with `names` also class and count: of images of the
+        class, for precision of images graded so.
     """
     rows = []
     for model, summary in summaries.items():
@@ -143,9 +143,11 @@ def tabulate(
             values, ends = summary.get(key), summary.get(f"{key}_ci95")
             if values is None:
                 continue
-            classes = zip(names, values, ends, summary["support"], strict=True) if names else ()
+            counts = summary.get("predicted" if key == "precision" else "support")
+            classes = zip(names, values, ends, counts, strict=True) if names else ()
             for name, value, end, count in classes or [(None, values, ends, None)]:
-                rows.append([model, metric, value, *(end or (None, None)), name, count])
+                shown_as = model.replace("_", " ")
+                rows.append([shown_as, metric, value, *(end or (None, None)), name, count])
     columns = ["model", "metric", "value", "low", "high", "class", "count"]
     table = pd.DataFrame(rows, columns=columns if rows else None)
     table = table.reindex(columns=columns if names else columns[:5])
@@ -243,7 +245,8 @@ def learning_curves(
             if number % 2:
                 ax.axvspan(x[first] - 0.5, x[last] + 0.5, color="#f0f0f0", lw=0, zorder=0)
             middle = (x[first] + x[last]) / 2
-            ax.text(middle, 1, str(value), transform=ax.get_xaxis_transform(), ha="center",
+            short = str(value).removeprefix("phase ")  # a short phase has room for its number only
+            ax.text(middle, 1, short, transform=ax.get_xaxis_transform(), ha="center",
                     va="bottom", fontsize=8, color=FAINT)  # fmt: skip
         if best is not None:
             ax.axvline(x[best], color=INK, lw=0.8, ls=":")
@@ -261,6 +264,7 @@ def learning_curves(
     if best is not None:
         value = history[monitor].iloc[best]
         at = f"dotted: best epoch, {x[best]} ({monitor} {value:.3f})"
+        at += "; above: phases" * any(str(leg[0]).startswith("phase ") for leg in legs)
         made.supxlabel(at, fontsize=9, color=FAINT)
     return made
 

@@ -133,7 +133,8 @@ def differences_table(found: list[Mapping], figures=("accuracy", "balanced_accur
     """Differences in points as `plots.differences` wants them."""
     rows = [
         (
-            f"{row['subject']} minus {row['reference']}, {metrics.SHOWN[row['figure']][0]}",
+            f"{row['subject']} minus {row['reference'].replace('_', ' ')}, "
+            + metrics.SHOWN[row["figure"]][0],
             row["difference"],
             *row["ci95"],
         )
@@ -333,11 +334,14 @@ def look(loaded: Mapping, dataset: data.Dataset, split: str, count: int, **optio
     return found
 
 
-def maps(loaded: Mapping, dataset: data.Dataset, split: str, rows) -> dict[str, np.ndarray]:
+def maps(
+    loaded: Mapping, dataset: data.Dataset, split: str, rows, decided: Mapping
+) -> dict[str, np.ndarray]:
     """Where teacher and student look: Grad-CAM and CBAM's spatial map of the chosen images.
 
     Args:
         rows: (n,) places in the split.
+        decided: model to the class it gave every image of the split, which Grad-CAM explains.
 
     Returns:
         Column title to float32 (n, S, S), S the model's own size.
@@ -347,7 +351,7 @@ def maps(loaded: Mapping, dataset: data.Dataset, split: str, rows) -> dict[str, 
     found = {}
     for name in ("teacher", "student"):
         pixels = dataset.pixels(split, loaded[name].inputs[0].shape[1])[rows]
-        found[f"{name}\nGrad-CAM"] = explain.grad_cam(loaded[name], pixels)
+        found[f"{name}\nGrad-CAM"] = explain.grad_cam(loaded[name], pixels, decided[name][rows])
         found[f"{name}\nattention"] = explain.spatial_attention(loaded[name], pixels)
     return found
 

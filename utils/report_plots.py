@@ -35,7 +35,7 @@ def draw_confusion(made, confusion: Mapping[str, np.ndarray], names, *, colorbar
             ax.text(
                 column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color
             )
-        ax.set(title=name, xlabel="graded as")
+        ax.set(title=name.replace("_", " "), xlabel="graded as")
         ax.tick_params(length=0, rotation=0)
     axes[0].set_ylabel("true grade")
     if colorbar:
@@ -63,26 +63,6 @@ def confusion_matrices(
     return made
 
 
-@styled
-def agreement(
-    counts: np.ndarray,
-    names: Sequence[str],
-    *,
-    rows: str = "teacher",
-    columns: str = "student",
-    title: str | None = None,
-    note: str = "",
-) -> Figure:
-    """How often two models give the same grade: int (classes, classes), `rows` down."""
-    counts = np.asarray(counts)
-    same = np.trace(counts) / max(counts.sum(), 1)
-    title = title or f"{rows} and {columns} agree\non {same:.0%} of {counts.sum():,} knees"
-    made = figure(title, note, 4.5, 5.2)
-    draw_confusion(made, {"": counts}, names)
-    made.axes[0].set(xlabel=columns, ylabel=rows)
-    return made
-
-
 def interval_row(ax: Axes, y: float, row, *, color, marker="o", text: str | None = None) -> None:
     """One value with its interval at height `y`, and its text at the right margin."""
     value, low, high = (float(row.get(key, np.nan)) for key in ("value", "low", "high"))
@@ -92,6 +72,22 @@ def interval_row(ax: Axes, y: float, row, *, color, marker="o", text: str | None
         text = f"{value:.3f}" + ("" if np.isnan(low) else f" ({low:.3f} to {high:.3f})")
     text = text.replace("-", "\N{MINUS SIGN}")
     ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9, color=INK)
+
+
+def rows_figure(title, note, names: Sequence[str], rows: pd.DataFrame, styles) -> tuple:
+    """(figure, its axes): a row of `rows` for each name; styles: keywords of `interval_row`."""
+    made = figure(title, note, 1.0 + 0.34 * len(rows))
+    ax = made.subplots()
+    for y, ((_, row), style) in enumerate(zip(rows.iterrows(), styles, strict=True)):
+        interval_row(ax, y, row, **style)
+    rows_axes(ax, list(names))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    return made, ax
+
+
+def in_points(row: Mapping) -> str:
+    """A difference and its interval."""
+    return "{value:+.1f} ({low:+.1f} to {high:+.1f})".format_map(row)
 
 
 def rows_axes(ax: Axes, labels: Sequence[str], positions: Sequence[float] | None = None) -> None:
@@ -179,16 +175,14 @@ def differences(
     Args:
         table: columns `name` (such as "student minus teacher, accuracy"), `value`, `low`, `high`.
     """
-    made = figure(title, note, 1.0 + 0.32 * len(table))
-    ax = made.subplots()
+    points = 100 * table[["value", "low", "high"]]
+    clear = (points["low"] > 0) | (points["high"] < 0)
+    styles = [
+        {"color": COLORS[0] if drawn else FAINT, "text": in_points(row)}
+        for drawn, row in zip(clear, points.to_dict("records"), strict=True)
+    ]
+    made, ax = rows_figure(title, note, table["name"], points, styles)
     ax.axvline(0, color=INK, lw=1)
-    for y, (_, row) in enumerate(table.iterrows()):
-        points = {key: 100 * row[key] for key in ("value", "low", "high")}
-        clear = points["low"] > 0 or points["high"] < 0
-        text = f"{points['value']:+.1f} ({points['low']:+.1f} to {points['high']:+.1f})"
-        interval_row(ax, y, points, color=COLORS[0] if clear else FAINT, text=text)
-    rows_axes(ax, list(table["name"]))
-    ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlabel(xlabel)
     return made
 
@@ -205,17 +199,11 @@ def deletion(
     Args:
         table: columns `model`, `hidden` ("hottest tenth", "random tenth"), `value`, `low`, `high`.
     """
-    kinds = list(dict.fromkeys(table["hidden"]))
-    made = figure(title, note, 1.0 + 0.3 * len(table))
-    ax = made.subplots()
+    kinds = pd.factorize(table["hidden"])[0]
+    styles = [{"color": COLORS[kind], "marker": MARKERS[kind]} for kind in kinds]
+    names = table["model"] + ": " + table["hidden"] + " hidden"
+    made, ax = rows_figure(title, note, names, table, styles)
     ax.axvline(0, color=INK, lw=1)
-    for y, (_, row) in enumerate(table.iterrows()):
-        kind = kinds.index(row["hidden"])
-        interval_row(ax, y, row, color=COLORS[kind], marker=MARKERS[kind])
-    rows_axes(
-        ax, [f"{m}: {h} hidden" for m, h in zip(table["model"], table["hidden"], strict=True)]
-    )
-    ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlabel("fall in probability")
     return made
 
@@ -268,7 +256,8 @@ def coverage(
     ax = made.subplots()
     for number, (name, (share, accuracy)) in enumerate(curves.items()):
         line = ("-", "--", "-.", ":")[number % 4]
-        ax.plot(share, accuracy, color=COLORS[number], lw=1.8, ls=line, label=name)
+        label = name.replace("_", " ")
+        ax.plot(share, accuracy, color=COLORS[number], lw=1.8, ls=line, label=label)
     ax.set(
         xlabel="graded by the model (the rest goes to a reader)", ylabel="accuracy of the graded"
     )
@@ -286,31 +275,30 @@ def leak_gaps(
     title: str | None = "How much a leak flatters the same model",
     note: str = "",
 ) -> Figure:
-    """Accuracy under honest and leaking protocols, and each one's gap to the honest.
+    """Accuracy under honest (blue) and leaking protocols, and the gap to the honest counterpart.
 
     Args:
         table: columns `protocol`, `value`, `low`, `high` (accuracy) and `gap`, `gap_low`,
-            `gap_high` (NaN for the honest one, which comes first).
+            `gap_high` (NaN for honest ones, the first of which is the dashed line).
     """
     made = figure(title, note, 1.1 + 0.36 * len(table))
     left, right = made.subplots(1, 2, sharey=True)
     left.axvline(table["value"].iloc[0], color=FAINT, ls="--", lw=1)
     right.axvline(0, color=FAINT, ls="--", lw=1)
     for y, (_, row) in enumerate(table.iterrows()):
-        color = COLORS[0] if y == 0 else COLORS[1]
+        color = COLORS[1] if np.isfinite(row["gap"]) else COLORS[0]
         interval_row(left, y, row, color=color, text=f"{row['value']:.3f}")
         if np.isfinite(row["gap"]):
             gap = {key: 100 * row[f"gap{end}"] for key, end in
                    (("value", ""), ("low", "_low"), ("high", "_high"))}  # fmt: skip
-            text = f"{gap['value']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})"
-            interval_row(right, y, gap, color=color, text=text)
+            interval_row(right, y, gap, color=color, text=in_points(gap))
     rows_axes(left, list(table["protocol"]))
     right.grid(axis="x")
     right.spines["left"].set_visible(False)
     right.tick_params(axis="y", length=0)
     left.set_ylim(len(table) - 0.5, -0.5)
     left.set_xlabel("accuracy")
-    right.set_xlabel("points above the honest figure")
+    right.set_xlabel("points above the honest counterpart")
     return made
 
 
@@ -369,15 +357,15 @@ def target_bar(
         target: from 0 to 1, or None where it is not judged (synthetic data).
     """
     judged = "not judged on these data" if target is None else f"{target:.0%}"
-    made = figure(title or f"Target for {metric}: {judged}", note, 1.0 + 0.4 * len(table))
-    ax = made.subplots()
-    for y, (_, row) in enumerate(table.iterrows()):
+    styles = []
+    for y, row in enumerate(table.to_dict("records")):
         text = f"{row['value']:.2f}, {row['low']:.2f} to {row['high']:.2f}"
         if target is not None:
             text = ("met: " if row["value"] >= target else "not met: ") + text
-        interval_row(ax, y, row, color=COLORS[y], marker=MARKERS[y % len(MARKERS)], text=text)
+        styles.append({"color": COLORS[y], "marker": MARKERS[y % len(MARKERS)], "text": text})
+    title = title or f"Target for {metric}: {judged}"
+    made, ax = rows_figure(title, note, table["name"], table, styles)
     if target is not None:
         ax.axvline(target, color=INK, ls="--", lw=1)
-    rows_axes(ax, list(table["name"]))
-    ax.set(xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel=metric)
+    ax.set(xlim=(0, 1), xlabel=metric)
     return made
