@@ -87,6 +87,9 @@ FIGURES = {
                          ["accuracy", "0.710 (0.690 to 0.730)", "student"]),
     "recall_intervals": (lambda: plots.recall_intervals(
         MODELS.assign(**{"class": "KL 0", "count": 9})), 1, ["KL 0\n9 images", "teacher"]),
+    "precision": (lambda: plots.recall_intervals(
+        MODELS.assign(**{"class": "KL 0", "count": [9, 1200]}), metric="precision"), 1,
+        ["KL 0\n9 / 1,200 images", "precision"]),
     "differences": (lambda: plots.differences(pd.DataFrame(
         {"name": ["student"], "value": [-0.012], "low": [-0.023], "high": [-0.001]})), 1,
         ["\N{MINUS SIGN}1.2 (\N{MINUS SIGN}2.3 to \N{MINUS SIGN}0.1)"]),
@@ -122,7 +125,7 @@ def texts(fig: Figure) -> list[str]:
 
 
 def test_every_public_figure_is_tested():
-    assert set(FIGURES) == set(plots.__all__) - {"save", "show", "tabulate"}
+    assert set(FIGURES) - {"precision"} == set(plots.__all__) - {"save", "show", "tabulate"}
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -101,16 +101,20 @@ class Way:
         """Run one step, so that all is compiled, and put everything back."""
         self.model, self.steps = model, steps
         model.optimizer.build(model.trainable_variables)
-        self.start = [checkpoints.arrays_of(v) for v in self.variables()]
+        self.start = self.state()
         model.fit(batches, epochs=1, steps_per_epoch=1, shuffle=False, verbose=0)
         self.reset()
 
     def variables(self):
         return self.model.variables, self.model.optimizer.variables
 
-    def reset(self) -> None:
-        """Back to the weights and the optimizer of the start."""
-        for variables, arrays in zip(self.variables(), self.start, strict=True):
+    def state(self) -> list:
+        """Weights and optimizer as they are."""
+        return [checkpoints.arrays_of(variables) for variables in self.variables()]
+
+    def reset(self, state: list | None = None) -> None:
+        """Back to a state, or to that of the start."""
+        for variables, arrays in zip(self.variables(), state or self.start, strict=True):
             checkpoints.assign(variables, arrays, "start")
 
     def fit(self, batches, epochs: int) -> list[float]:
@@ -119,6 +123,25 @@ class Way:
         fixed = {"steps_per_epoch": self.steps, "shuffle": False, "verbose": 0}
         self.model.fit(batches, epochs=epochs, callbacks=[clock], **fixed)
         return clock.seconds
+
+    def prepare(self) -> None:
+        """What must be done before the first epoch."""
+
+    def run(self) -> dict[str, float]:
+        """Carry out the whole distillation.
+
+        Returns:
+            Seconds: `{whole, before, first_epoch, other_epochs, around}`. The first epoch also
+            starts the input; `around` is what `fit` does beside its epochs.
+        """
+        self.reset()
+        began = time.perf_counter()
+        self.prepare()
+        before = time.perf_counter() - began
+        first, *others = self.fit(self.batches()[0], self.setting.epochs)
+        whole = time.perf_counter() - began
+        parts = {"before": before, "first_epoch": first, "other_epochs": sum(others)}
+        return {"whole": whole, **parts, "around": whole - sum(parts.values())}
 
 
 class StoredViews(Way):
@@ -154,23 +177,19 @@ class StoredViews(Way):
         distillation.save_array(self.store.path(view), logits)
 
     def pace(self, epochs: int = 5) -> tuple[float, float]:
-        """Seconds of a teacher pass and of a student epoch, each alone."""
-        began = time.perf_counter()
+        """Seconds of a teacher pass and of a student epoch, each alone; leaves no trace."""
+        held, began = self.state(), time.perf_counter()
         self.look(0)
         look = time.perf_counter() - began
         self.reset()
         seconds = self.fit(self.batches()[0], min(epochs + 1, self.setting.epochs))
-        self.reset()
+        self.reset(held)
         return look, float(np.mean(seconds[1:]))  # a sum of epochs follows the mean
 
-    def run(self) -> float:
-        """Seconds of the whole distillation: V looks, E epochs."""
-        self.reset()
-        began = time.perf_counter()
+    def prepare(self) -> None:
+        """V looks."""
         for view in range(self.setting.views):
             self.look(view)
-        self.fit(self.batches()[0], self.setting.epochs)
-        return time.perf_counter() - began
 
 
 class Online(Way):
@@ -201,10 +220,3 @@ class Online(Way):
     def batches(self):
         """Batches with labels alone, every epoch a new view, and steps an epoch."""
         return self.setting.batches(self.setting.teacher.input_shape[1], self.setting.hard, None)
-
-    def run(self) -> float:
-        """Seconds of the whole distillation: E epochs."""
-        self.reset()
-        began = time.perf_counter()
-        self.fit(self.batches()[0], self.setting.epochs)
-        return time.perf_counter() - began

@@ -141,7 +141,8 @@ def recall_intervals(
     """Recall (or precision) of every class and model.
 
     Args:
-        table: columns `model`, `class`, `value`, `low`, `high`, and `count` (images of the class).
+        table: columns `model`, `class`, `value`, `low`, `high`, and `count` (images of the class,
+            or that a model graded so).
     """
     models, classes = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["class"]))
     made = figure(title, note, 3.2)
@@ -153,13 +154,19 @@ def recall_intervals(
         ax.plot(where, rows["value"], MARKERS[number], color=COLORS[number], ms=6, label=model)
     labels = classes
     if "count" in table:
-        counts = table.drop_duplicates("class").set_index("class")["count"]
-        labels = [f"{name}\n{counts[name]:,.0f} images" for name in classes]
+        counts = {name: list(rows) for name, rows in table.groupby("class")["count"]}
+        labels = [f"{name}\n{one_or_each(counts[name])} images" for name in classes]
     ax.set_xticks(range(len(classes)), labels)
     ax.set(ylim=(0, 1), ylabel=metric, xlim=(-0.5, len(classes) - 0.5))
     ax.grid(axis="y")
     made.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
     return made
+
+
+def one_or_each(counts: Sequence[int]) -> str:
+    """The count that all models share, or each model's."""
+    same = len(set(counts)) == 1
+    return " / ".join(f"{count:,.0f}" for count in (counts[:1] if same else counts))
 
 
 @styled
