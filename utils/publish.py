@@ -10,7 +10,6 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import nbformat
 import yaml
@@ -30,14 +29,14 @@ FETCHED = """if not (found := [place for place in places if (place / "utils/runs
     found = !(git clone -q -b {tag} {address} {here}; ls -d {here} || echo {remedy}) 2>/dev/null
 sys.path.insert(0, str(Path(found[0]).resolve(strict=True)))"""
 REMEDY = "Turn the internet on, or Add Input, Datasets, knee-distillation-code"
-PLACES = {
+PLACES = {  # name: its badge, and what opens a file of GitHub there
     "Kaggle": (
         "https://kaggle.com/static/images/open-in-kaggle.svg",
-        "https://kaggle.com/kernels/welcome?src=https://github.com/{name}/blob/{tag}/{path}",
+        "https://kaggle.com/kernels/welcome?src=https://github.com/",
     ),
     "Colab": (
         "https://colab.research.google.com/assets/colab-badge.svg",
-        "https://colab.research.google.com/github/{name}/blob/{tag}/{path}",
+        "https://colab.research.google.com/github/",
     ),
 }
 BADGES = re.compile(r"^!\[Open in .*\n\n", re.MULTILINE)
@@ -75,10 +74,10 @@ def publish(root: Path | None = None) -> list[Path]:
     root = Path(root or runs.root())
     address, tag = published(root)
     written = []
+    wanted = setup_cell(address, tag)
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         book = nbformat.read(path, 4)
         first = refresh.code_cells(book)[0]
-        wanted = setup_cell(address, tag)
         if first.source.startswith(FIND) and first.source != wanted:
             first.source = wanted
             if refresh.MARK in first.metadata:  # it prints nothing, so nothing is out of date
@@ -87,8 +86,7 @@ def publish(root: Path | None = None) -> list[Path]:
             written.append(path)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    without = BADGES.sub("", text)
-    made = without.replace("\n![", f"\n{badges(address, tag)}![", 1)
+    made = BADGES.sub("", text).replace("\n![", f"\n{badges(address, tag)}![", 1)
     if made != text:
         readme.write_text(made, encoding="utf-8")
         written.append(readme)
@@ -119,15 +117,11 @@ def setup_cell(address: str, tag: str) -> str:
 
 def badges(address: str, tag: str) -> str:
     """A line for each place that opens notebooks from GitHub; nothing for other addresses."""
-    found = urlsplit(address)
-    if found.hostname != "github.com":
+    name = address.removeprefix("https://github.com/")
+    if name == address:
         return ""
-    lines = []
-    for place, (picture, link) in PLACES.items():
-        links = []
-        for notebook in runs.NOTEBOOKS:
-            path = f"notebooks/{notebook}.ipynb"
-            opens = link.format(name=found.path[1:], tag=tag, path=path)
-            links.append(f"[{notebook[:2]}]({opens})")
-        lines.append(f"![Open in {place}]({picture}) {' '.join(links)}\n\n")
-    return "".join(lines)
+    lines = ""
+    for place, (picture, opens) in PLACES.items():
+        links = [f"[{n[:2]}]({opens}{name}/blob/{tag}/notebooks/{n}.ipynb)" for n in runs.NOTEBOOKS]
+        lines += f"![Open in {place}]({picture}) {' '.join(links)}\n\n"
+    return lines
