@@ -26,8 +26,8 @@ With Python 3.11 or 3.12, in this folder:
     jupyter lab notebooks/01_data.ipynb
 
 Run the cells in order. Where a cell says "Predict, then run", write your guess down first.
-In an exercise's cell replace `answer = None` by a function of that name and run it: it says "Right" or
-"Not yet", with a hint.
+In an exercise's cell replace `answer = None` by a function of that name and run it: it says
+"Right" or "Not yet", with a hint.
 """
 
 

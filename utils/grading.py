@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -274,7 +273,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Grade, print; return 0 if all were graded, 1 if some were refused, 2 for wrong use."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only grades and errors are of interest
     try:
         find_images(arguments.images)  # before a model is loaded
         grader = load(arguments.model or newest_model())

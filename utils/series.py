@@ -226,7 +226,6 @@ def kernel_environment() -> Iterator[None]:
         os.environ.pop(name, None)
     started = runs.started() if runs.on_kaggle() else time.time()
     os.environ.setdefault("SERIES_STARTED", str(started))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     try:
         yield
