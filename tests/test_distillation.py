@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import standins
 import tensorflow as tf
+from distillation_trial import Arm, compare, student_of
 from standins import AUGMENTATION, CLASSES, COUNT, SIZE, without_times
 
 from utils import data, distillation, objectives, recipes, runs, training, views
@@ -275,6 +276,24 @@ def test_as_many_views_as_epochs_is_online_distillation(look_at, teacher):
         np.testing.assert_array_equal(y[:, CLASSES:], teacher(x_online))
         seen += 1
     assert seen == epochs * steps == 12
+
+
+def test_the_trial_compares_students_on_the_same_images(look_at):
+    dataset = make_dataset()
+    dataset.manifest["patient"] = np.arange(len(dataset.manifest)) // 2
+    store = look_at(count=2)
+    said = [store.logits(view) for view in range(2)]
+    how = {"weights": "none", "side": 32, "epochs": 2, "batch_size": 6}
+    taught = student_of(Arm(views=2), dataset, said, seed=0, **how)
+    assert len(taught["qwk_by_epoch"]) == 2
+    assert taught["last"].shape == (9, CLASSES)
+    alone = taught | {"last": np.roll(taught["last"], 1, axis=0)}
+    found = compare({"labels": [taught], "the same": [taught], "other": [alone]}, dataset)
+    assert found["the same"]["last_accuracy_over_labels"] == [0, 0, 0]
+    right = (alone["last"].argmax(axis=1) == dataset.labels("val")).mean()
+    assert found["other"]["last_accuracy"] == [right]
+    low, high = found["other"]["last_accuracy_over_labels"][1:]
+    assert low <= found["other"]["last_accuracy_over_labels"][0] <= high
 
 
 def test_fewer_views_come_round_again(look_at):
