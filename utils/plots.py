@@ -372,7 +372,7 @@ def ratios(
     """Ratios on a logarithmic scale from 1.
 
     Args:
-        table: columns `name`, `ratio` (> 0), and perhaps `low`, `high`, and `target`.
+        table: columns `name`, `ratio` (> 0), and perhaps `target`.
     """
     made = figure(title, note, 1.1 + 0.36 * len(table))
     ax = made.subplots()
@@ -380,11 +380,7 @@ def ratios(
     for y, (_, row) in enumerate(table.iterrows()):
         color = COLORS[0] if row["ratio"] >= 1 else COLORS[1]
         ax.barh(y, row["ratio"] - 1, 0.6, left=1, color=color)
-        low, high = row.get("low", np.nan), row.get("high", np.nan)
-        text = f"{row['ratio']:.2g} times" + (
-            "" if np.isnan(low) else f" ({low:.2g} to {high:.2g})"
-        )
-        ax.plot([low, high], [y, y], color=INK, lw=1.2)
+        text = f"{row['ratio']:.2g} times"
         ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
         if np.isfinite(row.get("target", np.nan)):
             ax.plot([row["target"]] * 2, [y - 0.38, y + 0.38], color=INK, lw=1.5, ls="--")
