@@ -44,6 +44,21 @@ def online(setting):
     return distillation_cost.Online(setting)
 
 
+def test_memory_is_kept_where_the_c_library_can_be_told(monkeypatch):
+    asked = []
+
+    class Library:
+        def mallopt(self, parameter, value):
+            asked.append((parameter, value))
+            return 1
+
+    monkeypatch.setattr(benchmarks.ctypes, "CDLL", lambda name: Library())
+    assert benchmarks.keep_memory()
+    assert asked == [(-3, 2**30), (-1, 2**30)]
+    monkeypatch.setattr(benchmarks.ctypes, "CDLL", lambda name: object())
+    assert not benchmarks.keep_memory()
+
+
 def test_the_formula_at_full_size_and_for_three_students():
     full = {"epochs": 90, "views": 8, "teacher_pass": 30, "student_epoch": 1}
     assert distillation_cost.cost_ratio(**full) == pytest.approx(90 * 31 / (8 * 30 + 90))
