@@ -2,13 +2,13 @@
 
 import time
 
+import distillation_trial
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import standins
 import tensorflow as tf
-from distillation_trial import Arm, compare, student_of
 from standins import AUGMENTATION, CLASSES, COUNT, SIZE, without_times
 
 from utils import data, distillation, objectives, recipes, runs, training, views
@@ -278,22 +278,46 @@ def test_as_many_views_as_epochs_is_online_distillation(look_at, teacher):
     assert seen == epochs * steps == 12
 
 
-def test_the_trial_compares_students_on_the_same_images(look_at):
+def test_the_trial_compares_students_on_the_same_images(look_at, monkeypatch):
+    def stand_in(backbone, side, seed, **_):
+        return standins.make_model(seed=seed)
+
+    monkeypatch.setattr(distillation_trial.models, "build_student", stand_in)
     dataset = make_dataset()
     dataset.manifest["patient"] = np.arange(len(dataset.manifest)) // 2
     store = look_at(count=2)
     said = [store.logits(view) for view in range(2)]
-    how = {"weights": "none", "side": 32, "epochs": 2, "batch_size": 6}
-    taught = student_of(Arm(views=2), dataset, said, seed=0, **how)
-    assert len(taught["qwk_by_epoch"]) == 2
-    assert taught["last"].shape == (9, CLASSES)
-    alone = taught | {"last": np.roll(taught["last"], 1, axis=0)}
-    found = compare({"labels": [taught], "the same": [taught], "other": [alone]}, dataset)
-    assert found["the same"]["last_accuracy_over_labels"] == [0, 0, 0]
-    right = (alone["last"].argmax(axis=1) == dataset.labels("val")).mean()
-    assert found["other"]["last_accuracy"] == [right]
-    low, high = found["other"]["last_accuracy_over_labels"][1:]
-    assert low <= found["other"]["last_accuracy_over_labels"][0] <= high
+    how = {"weights": "file", "side": SIZE, "epochs": 3, "rate": 1e-2, "batch_size": 6}
+
+    def student(seed=0, said=said, **arm):
+        return distillation_trial.student_of(
+            distillation_trial.Arm(**arm), dataset, said, seed=seed, **how
+        )
+
+    taught, alone = student(views=2), student()
+    np.testing.assert_array_equal(student(views=2)["last"], taught["last"])
+    contrary = [-logits for logits in said]
+    others = {
+        "labels": alone,
+        "seed": student(seed=1, views=2),
+        "teacher": student(views=2, said=contrary),
+        "temperature": student(views=2, temperature=1.0),
+        "weight": student(views=2, hard_weight=0.9),
+        "softening": student(views=2, softening=1.0),
+        "views": student(views=1),
+    }
+    for name, other in others.items():
+        assert np.abs(other["last"] - taught["last"]).max() > 1e-4, name
+    found = distillation_trial.compare({"labels": [alone], "taught": [taught]}, dataset)
+    right = {
+        name: (one["last"].argmax(axis=1) == dataset.labels("val")).mean()
+        for name, one in (("labels", alone), ("taught", taught))
+    }
+    assert found["taught"]["last_accuracy"] == [right["taught"]]
+    gain, low, high = found["taught"]["last_accuracy_over_labels"]
+    assert gain == pytest.approx(right["taught"] - right["labels"])
+    assert low <= gain <= high
+    assert found["labels"]["last_accuracy_over_labels"] == [0, 0, 0]
 
 
 def test_fewer_views_come_round_again(look_at):
