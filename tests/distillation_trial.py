@@ -40,6 +40,8 @@ def arms(epochs: int) -> dict[str, Arm]:
         "online": Arm(views=epochs),
         "labels, softened": Arm(softening=0.6),
         "stored views, softened labels": Arm(softening=0.6, views=4),
+        "eight views": Arm(views=8),
+        "online, no labels": Arm(views=epochs, hard_weight=0.0),
         "one view": Arm(views=1),
         "stored views, T 2": Arm(views=4, temperature=2.0),
         "stored views, no labels": Arm(views=4, hard_weight=0.0),
