@@ -7,7 +7,8 @@ import nbformat
 import pytest
 
 from utils import __main__ as command
-from utils import classroom, parameters, runs
+from utils import parameters, runs
+from utils.commands import classroom
 
 DONE = parameters.NOTEBOOKS[:3]
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from scipy.special import softmax
 
-from utils import __main__, folders, grading, litert, models, phantoms, screening
+from utils import __main__, folders, litert, models, phantoms
+from utils.commands import grading, screening
 
 NAMES = [str(k) for k in range(5)]
 SIZE = 32
@@ -311,7 +312,6 @@ def test_a_litert_file_grades_alike_and_needs_no_tensorflow(grader, tmp_path, kn
     np.testing.assert_allclose(found["probabilities"], wanted["probabilities"], atol=1e-3)
     assert run(tmp_path / "knee.png", "--model", files["float32"], "--overlay", tmp_path / "o") == 2
     assert "give the .keras model" in capsys.readouterr().err
-    code = (
-        "import sys, utils.grading; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
-    )
+    heavy = "bool({'tensorflow', 'keras'} & {*sys.modules})"
+    code = f"import sys, utils.commands.grading; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

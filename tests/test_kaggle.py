@@ -14,7 +14,8 @@ import pytest
 import test_pages
 
 from utils import __main__ as command_line
-from utils import kaggle, pages, parameters, preflight, runs
+from utils import pages, parameters, preflight, runs
+from utils.commands import kaggle
 from utils.folders import find_dataset
 
 DATA = "shashwatwork/knee-osteoarthritis-dataset-with-severity"
@@ -315,7 +316,7 @@ def test_the_real_series_is_generated(tmp_path, capsys):
     assert command_line.main(["kaggle", *arguments]) == 0
     assert str(out / "push.sh") in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir() if p.name[0] == "0") == KERNELS
-    assert (out / "code" / "utils" / "series.py").exists()
+    assert (out / "code" / "utils" / "commands" / "series.py").exists()
     assert os.access(out / "push.sh", os.X_OK)
 
 
@@ -525,7 +526,7 @@ def test_a_series_that_never_ends_is_stopped(push):
 
 
 def test_what_is_fetched_is_all_that_the_page_of_a_run_links_to(tmp_path):
-    script = (runs.root() / "utils" / "kaggle_push.sh").read_text()
+    script = (runs.root() / "utils" / "commands" / "kaggle_push.sh").read_text()
     [pattern] = re.findall(r"^results='(.*)'$", script, re.M)
     run = test_pages.make_run(tmp_path / "output" / "runs" / "kaggle")
     (run / "data" / "phantoms").mkdir()

@@ -12,7 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils import plots, runs, teaching_plots
+from utils import plots, runs
+from utils.plots import images, page
 
 NAMES = [f"KL {k}" for k in range(5)]
 RNG = np.random.default_rng(0)
@@ -171,8 +172,8 @@ def test_confusion_shares_are_of_the_row_on_one_scale():
 
 def test_overlay_leaves_a_constant_map_uncoloured_and_colours_the_hottest():
     gray = np.full((8, 8), 100, np.uint8)
-    np.testing.assert_array_equal(teaching_plots.overlay(gray, np.ones((2, 2))), 100)
-    mixed = teaching_plots.overlay(gray, np.eye(2)).astype(int)
+    np.testing.assert_array_equal(images.overlay(gray, np.ones((2, 2))), 100)
+    mixed = images.overlay(gray, np.eye(2)).astype(int)
     assert mixed.shape == (8, 8, 3)
     yellow = mixed[..., 0] - mixed[..., 2]  # red minus blue
     assert yellow[0, 0] == yellow.max() > 60
@@ -195,7 +196,7 @@ def test_save_keeps_alternative_text_of_every_figure(tmp_path):
     }  # fmt: skip
     with Image.open(path) as picture:
         picture.load()
-        assert picture.width == 9 * plots.DOTS
+        assert picture.width == 9 * page.DOTS
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.png", "b.png", "figures.json"]
 
 
@@ -219,7 +220,7 @@ def test_show_displays_an_image_with_alternative_text(tmp_path, monkeypatch, nam
     assert found[1] == kind
     with Image.open(io.BytesIO(base64.b64decode(found[2]))) as picture:
         picture.load()
-        assert picture.width >= 9 * plots.SHOWN
+        assert picture.width >= 9 * page.SHOWN
     assert (tmp_path / "a.png").exists()
 
 

@@ -8,7 +8,8 @@ import nbformat
 import pytest
 
 from utils import __main__ as command
-from utils import parameters, publish, refresh, runs
+from utils import parameters, runs
+from utils.commands import publish, refresh
 
 ROOT = parameters.ROOT
 GITHUB = "https://github.com/someone/knees"

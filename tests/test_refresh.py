@@ -9,7 +9,8 @@ import pytest
 from nbformat import v4
 
 from utils import __main__ as command
-from utils import parameters, refresh, runs
+from utils import parameters, runs
+from utils.commands import refresh
 
 ALL = sorted((parameters.ROOT / "notebooks").glob("*.ipynb"))
 PRINTING = """import sys

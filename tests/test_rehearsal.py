@@ -15,7 +15,8 @@ import time
 import pytest
 import yaml
 
-from utils import kaggle, parameters, runs
+from utils import parameters, runs
+from utils.commands import kaggle
 
 USER, DATA = "jane", "owner/knees"
 NOT_ON_KAGGLE = ("nbval", "ai_edge_litert", "pytest")

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from utils import __main__ as command_line
-from utils import parameters, runs, series
+from utils import parameters, runs
+from utils.commands import series
 
 # A notebook of the mini project: it opens its stage as the real ones do, but without `utils`.
 OPEN = """

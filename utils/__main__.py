@@ -10,14 +10,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Each module has `add_arguments(parser)` and `main(arguments) -> exit status`.
+# Each module of `utils.commands` has `add_arguments(parser)` and `main(arguments) -> exit status`.
 COMMANDS = {
-    "run": ("utils.series", "run the notebooks in order, from images to the report"),
-    "grade": ("utils.grading", "grade radiographs with a finished run"),
-    "kaggle": ("utils.kaggle", "write folders that the kaggle client can upload"),
-    "class": ("utils.classroom", "write the copy of the series that students get"),
-    "refresh": ("utils.refresh", "give the committed notebooks the outputs of a finished run"),
-    "publish": ("utils.publish", "write the address in CITATION.cff into notebooks and README"),
+    "run": ("series", "run the notebooks in order, from images to the report"),
+    "grade": ("grading", "grade radiographs with a finished run"),
+    "kaggle": ("kaggle", "write folders that the kaggle client can upload"),
+    "class": ("classroom", "write the copy of the series that students get"),
+    "refresh": ("refresh", "give the committed notebooks the outputs of a finished run"),
+    "publish": ("publish", "write the address in CITATION.cff into notebooks and README"),
 }
 
 
@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
         if argv[:1] == [name]:
-            importlib.import_module(module).add_arguments(command)
+            asked = importlib.import_module(f"utils.commands.{module}")
+            asked.add_arguments(command)
     arguments = parser.parse_args(argv)
-    return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
+    return asked.main(arguments)
 
 
 if __name__ == "__main__":

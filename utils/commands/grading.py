@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from utils import calibration, folders, litert, runs, screening
+from utils import calibration, folders, litert, runs
+from utils.commands import screening
 
 BATCH = 64
 WARNING = "Research software, no medical device: a grade from it decides nothing about a patient."
@@ -241,12 +242,13 @@ def _picture_names(files: Sequence[Path]) -> list[str]:
 
 def _write_overlays(grader: Grader, pixels, classes, targets: list[tuple[dict, Path]]) -> None:
     """Radiograph and Grad-CAM of the grade given, side by side with a line of text: PNG files."""
-    from utils import explain, plots
+    from utils import explain
+    from utils.plots.images import overlay
 
     maps = explain.grad_cam(grader.model, pixels, classes)
     shown = folders.shown_names(grader.class_names)
     for image, heat, k, (row, target) in zip(pixels, maps, classes, targets, strict=True):
-        pair = np.concatenate([image.repeat(3, axis=2), plots.overlay(image, heat)], axis=1)
+        pair = np.concatenate([image.repeat(3, axis=2), overlay(image, heat)], axis=1)
         scale = max(1, 320 // grader.image_size)
         picture = Image.fromarray(pair.repeat(scale, 0).repeat(scale, 1))
         text = f"{shown[k]}, probability {row['probabilities'][k]:.2f}"

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from utils.teaching_plots import COLORS, FAINT, INK, MARKERS, WIDTH, figure, styled
+from utils.plots.style import COLORS, FAINT, INK, MARKERS, WIDTH, figure, styled
 
 
 def draw_confusion(made, confusion: Mapping[str, np.ndarray], names, *, colorbar=True) -> None:

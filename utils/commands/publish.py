@@ -14,7 +14,8 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from utils import refresh, runs
+from utils import runs
+from utils.commands import refresh
 
 FIND = """import sys
 from pathlib import Path

@@ -53,7 +53,7 @@ attached = Path(os.environ.get("KAGGLE_INPUT_ROOT", "/kaggle/input"))
 working = Path(os.environ.get("KAGGLE_WORKING_ROOT", "/kaggle/working"))
 if CONTINUES and not any(attached.rglob("data/stage.json")):
     sys.exit("No earlier run is attached: nothing was begun, so that no GPU hours are lost.")
-code = [path.parent.parent for path in attached.rglob("utils/series.py")]
+code = [path.parent.parent for path in attached.rglob("utils/__main__.py")]
 if not code:
     sys.exit("No code is attached: choose Add Input > Datasets > knee-distillation-code.")
 command = [sys.executable, "-m", "utils", "run", "--profile", "{profile}"]
@@ -236,7 +236,7 @@ def with_parameters(root: Path, notebook: str, values: dict, own: dict) -> str:
 
 def write_code(folder: Path, user: str, root: Path, profile: str, values: dict) -> None:
     """The code as a dataset; the profile goes with it, under its own name."""
-    keep = {"utils": ("*.py", "*.sh"), "notebooks": ("*.ipynb", "profiles/*.yaml")}
+    keep = {"utils": ("**/*.py", "**/*.sh"), "notebooks": ("*.ipynb", "profiles/*.yaml")}
     keep["."] = ("LICENSE", "README.md", "CITATION.cff", "requirements.txt")
     for name, patterns in keep.items():
         for pattern in patterns:
