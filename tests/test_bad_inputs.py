@@ -39,7 +39,7 @@ class Run:
 
     def open(self, notebook: str, **changes) -> runs.Stage:
         """Open a stage as its notebook does, with the defaults of its cell but `changes`."""
-        own = {n: p.default for n, p in parameters.declared()[notebook].items()}
+        own = dict(parameters.declared()[notebook])
         return runs.open_stage(notebook, own | {"RUN_DIR": str(self.folder)} | changes)
 
     def spoil(self, notebook: str, **changes) -> None:

@@ -43,6 +43,16 @@ def each_patient_once(patients, rng):
     return np.concatenate([np.flatnonzero(patients == p) for p in drawn])
 
 
+def two_knees_twice_as_likely(patients, rng):
+    drawn = rng.choice(patients, len(set(patients)))
+    return np.concatenate([np.flatnonzero(patients == p) for p in drawn])
+
+
+def shifted_by_the_largest_of_all(logits, temperature):
+    powers = np.exp((logits - logits.max()) / temperature)
+    return powers / powers.sum(1, keepdims=True)
+
+
 def kl(p, q):
     return rel_entr(softmax(p, 1), softmax(q, 1)).sum(1).mean()
 
@@ -80,15 +90,17 @@ WRONG = {
     "05.1": [
         lambda z, t: softmax(softmax(z, 1) / t, 1),
         lambda z, t: np.exp(z / t) / np.exp(z / t).sum(1, keepdims=True),
+        shifted_by_the_largest_of_all,
     ],
     "05.2": [
         lambda p, q, t: t**2 * kl(q / t, p / t),
         lambda p, q, t: kl(p / t, q / t),
     ],
-    "06.1": [draw_rows, each_patient_once],
+    "06.1": [draw_rows, each_patient_once, two_knees_twice_as_likely],
     "06.2": [
         lambda c, k: (c[k:, k:].sum() / c[:, k:].sum(), c[:k, :k].sum() / c[:, :k].sum()),
         lambda c, k: (np.trace(c) / c.sum(), np.trace(c) / c.sum()),
+        lambda c, k: (c[:k, :k].sum() / c[:k].sum(), c[k:, k:].sum() / c[k:].sum()),
     ],
 }  # fmt: skip
 
@@ -113,12 +125,31 @@ def test_the_solution_runs_and_is_right(number):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
-@pytest.mark.parametrize("wrong", [0, 1])
 @pytest.mark.parametrize("number", checks.EXERCISES)
-def test_the_usual_mistakes_are_not_right_yet(number, wrong):
-    verdict = checks.exercise(number, WRONG[number][wrong])
-    assert not verdict and repr(verdict).startswith("Not yet: ")
-    assert "raised" not in verdict.text  # a hint, no accident
+def test_the_usual_mistakes_are_not_right_yet(number):
+    assert len(WRONG[number]) >= 2
+    for wrong in WRONG[number]:
+        verdict = checks.exercise(number, wrong)
+        assert not verdict and repr(verdict).startswith("Not yet: ")
+        assert "raised" not in verdict.text  # a hint, no accident
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "said"),
+    [
+        (
+            "04.1",
+            lambda h: h.loc[[h["val_qwk"].idxmax()], "epoch"],
+            r"one number is .* shape \(1,\)",
+        ),
+        ("05.2", lambda p, q, t: np.zeros(len(p)), r"one number is wanted"),
+        ("04.2", lambda maps: maps, r"shape \(2, 1, 2\) is wanted, .* shape \(2, 1, 3\)"),
+        ("02.1", lambda layers: {"sees": 3}, "returned dict, where numbers are wanted"),
+        ("06.2", lambda c, k: 0.8, r"shape \(2,\) is wanted, and the function returned one"),
+    ],
+)
+def test_an_answer_in_the_wrong_form_hears_of_its_form(number, answer, said):
+    assert re.search(said, checks.exercise(number, answer).text)
 
 
 @pytest.mark.parametrize("number", checks.EXERCISES)

@@ -10,7 +10,7 @@ import yaml
 from utils import parameters
 from utils.parameters import ParameterError
 
-KNOWN = {n: p for own in parameters.declared().values() for n, p in own.items()}
+KNOWN = parameters.defaults()
 FREE = {"DATA_DIR"}  # any text: whether the folder is there is asked by who looks into it
 
 
@@ -30,11 +30,41 @@ def test_shared_names_mean_the_same_everywhere():
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_every_parameter_has_a_rule_and_keeps_it(name):
-    parameter = KNOWN[name]
     rules = [rule for pattern, rule in parameters.RULES.items() if re.fullmatch(pattern, name)]
-    assert rules or parameter.types == ("bool",) or name in FREE, "no rule for its values"
-    assert parameters.fault_of(name, parameter.default, parameter) is None
-    assert not parameter.accepts(object())
+    assert rules or parameters.TYPES[name] == ("bool",) or name in FREE, "no rule for its values"
+    assert parameters.fault_of(name, KNOWN[name]) is None
+    assert not parameters.accepts(name, object())
+
+
+def test_the_notebooks_declare_every_name_and_annotate_it_rightly():
+    assert set(KNOWN) == set(parameters.TYPES)
+    for notebook in parameters.NOTEBOOKS:
+        cell = parameters.parameter_cell(parameters.ROOT / "notebooks" / f"{notebook}.ipynb")
+        for node in ast.parse(cell).body:
+            if isinstance(node, ast.AnnAssign):
+                kinds = tuple(ast.unparse(node.annotation).split(" | "))
+                assert kinds == parameters.TYPES[node.target.id]
+
+
+def test_what_a_saved_notebook_makes_up_is_refused_all_the_same(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    path = tmp_path / "notebooks" / "05_distillation.ipynb"
+
+    def declared(line):
+        cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
+        path.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=[cell])))
+        return parameters.declared(tmp_path)["05_distillation"]
+
+    assert declared("TEMPERATUR = 8.0\nVIEWS = 4\nx = [1][0]") == {"VIEWS": 4}
+    with pytest.raises(ParameterError, match=r"TEMPERATUR is no .* Did you mean TEMPERATURE\?"):
+        parameters.check({"TEMPERATUR": 8.0})
+    for line, said in {
+        "HARD_WEIGHT = 1 / 3": "HARD_WEIGHT = 1 / 3 is an expression: write the value itself",
+        "VIEWS = VIEWS": "VIEWS = VIEWS is an expression",
+        "VIEWS = ": "cell of parameters: invalid syntax",
+    }.items():
+        with pytest.raises(ParameterError, match=rf"05_distillation\.ipynb, .*{said}"):
+            declared(line)
 
 
 def test_every_rule_has_a_parameter():
@@ -119,8 +149,8 @@ def test_what_is_allowed_beside_the_default():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_numbers_that_are_not_finite_are_refused(value):
-    for name, parameter in KNOWN.items():
-        if "float" in parameter.types:
+    for name, types in parameters.TYPES.items():
+        if "float" in types:
             with pytest.raises(ParameterError, match=rf"{name} = .* is not a finite number"):
                 parameters.check({name: value})
 
@@ -191,15 +221,14 @@ def test_values_that_do_not_go_together_are_refused(notebook, settings, said):
 
 def test_cells_are_read_without_being_run():
     read = parameters.read_cell(
-        'A: float | None = None\nB = -1\nC = "x"  # a comment\nimport os\nD: int\nprint("never")'
+        'MAX_HOURS: float | None = None\nSEED = -1\nRUN_DIR = "x"  # a comment\nimport os\n'
+        'VIEWS: int\nprint("never")\nOTHER = 1 + 1',
+        parameters.TYPES,
     )
-    assert read == {
-        "A": parameters.Parameter(None, ("float", "None")),
-        "B": parameters.Parameter(-1, ("int",)),
-        "C": parameters.Parameter("x", ("str",)),
-    }
-    with pytest.raises(ValueError, match="malformed"):
-        parameters.read_cell("A = 1 + len('x')")
+    assert parameters.read_cell("OTHER = 1") == {"OTHER": 1}
+    assert read == {"MAX_HOURS": None, "SEED": -1, "RUN_DIR": "x"}
+    with pytest.raises(ValueError, match="is an expression"):
+        parameters.read_cell("SEED = 1 + len('x')")
 
 
 @pytest.mark.parametrize("cells", [0, 2])

@@ -188,3 +188,17 @@ def test_every_human_figure_has_source_weighting_and_population():
     for row in report.HUMAN_READERS:
         assert all(row[key] for key in ("source", "weighting", "population", "url"))
     assert "0.56 to 0.85" in set(report.readers_table()["value"])
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([0.1, 0.2], "the map marks what"),
+        ([-0.2, -0.1], "the map does not show"),
+        ([-0.1, 0.1], "not surely show"),
+    ],
+)
+def test_a_deletion_check_is_said_in_words(ends, said):
+    found = {"hottest_fall": 0.25, "random_fall": 0.125, "difference_ci95": ends}
+    sentence = report.deletion_sentence(found)
+    assert said in sentence and "by 0.250, a random tenth by 0.125" in sentence

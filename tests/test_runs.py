@@ -44,7 +44,7 @@ def enter(project):
     """Open a stage as its notebook does: with the defaults of its cell, some of them changed."""
 
     def enter(notebook, **changes):
-        own = {n: p.default for n, p in parameters.declared()[notebook].items()}
+        own = dict(parameters.declared()[notebook])
         return runs.open_stage(notebook, {"Path": Path, "keras": 1, **own, **changes})
 
     return enter

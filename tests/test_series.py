@@ -272,7 +272,7 @@ def test_profiles_hold_what_the_notebooks_declare(name):
 def test_tiny_is_the_notebooks_own_defaults():
     assert parameters.load_profile("tiny") == {"RUN_DIR": "runs/tiny"}
     for notebook, declared in parameters.declared().items():
-        assert declared["RUN_DIR"].default == "runs/tiny", notebook
+        assert declared["RUN_DIR"] == "runs/tiny", notebook
 
 
 def test_lines_of_a_notebook_stay_behind_the_bar():

@@ -58,10 +58,21 @@ def exercise(number: str, answer: object) -> Verdict:
     )
 
 
+def misshapen(found: object, wanted: object) -> str | None:
+    """What is wrong with the form of an answer; None when it has the form that is wanted."""
+    try:
+        shape = np.asarray(found, float).shape
+    except (TypeError, ValueError):
+        return f"the function returned {type(found).__name__}, where numbers are wanted"
+    if shape == (asked := np.shape(wanted)):
+        return None
+    form = f"an array of shape {asked}" if asked else "one number"
+    return f"{form} is wanted, and the function returned {f'shape {shape}' if shape else 'one'}"
+
+
 def differs(found: object, wanted: object) -> bool:
-    """Whether numbers or arrays differ in shape or by more than a rounding."""
-    found, wanted = np.asarray(found, float), np.asarray(wanted, float)
-    return found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    """Whether numbers or arrays of one shape differ by more than a rounding."""
+    return not np.allclose(np.asarray(found, float), wanted, rtol=1e-3, atol=1e-4)
 
 
 def first_hint(answer: Callable, cases: list[tuple[tuple, object, str]]) -> str | None:
@@ -70,6 +81,8 @@ def first_hint(answer: Callable, cases: list[tuple[tuple, object, str]]) -> str 
         found = answer(*arguments)
         if found is None:
             return "the function returns nothing."
+        if fault := misshapen(found, wanted):
+            return f"{fault}: {hint}"
         if differs(found, wanted):
             return hint
     return None
@@ -183,8 +196,8 @@ def softened(answer: Callable) -> str | None:
          "row, which sums to one."),
         ((logits, 4.0), [[0.6225, 0.3775], [0.2689, 0.7311]], "the logits are divided by T before "
          "the softmax."),
-        ((np.array([[3000.0, 0.0]]), 2.0), [[1, 0]], "exp(1500) is infinite: subtract each row's "
-         "maximum first; no probability changes."),
+        ((np.array([[3000.0, 0.0], [0.0, 4.0]]), 2.0), [[1, 0], [0.1192, 0.8808]], "exp(1500) is "
+         "infinite: subtract each row's own maximum first; no probability changes."),
     ])  # fmt: skip
 
 
@@ -205,8 +218,8 @@ def distillation_loss(answer: Callable) -> str | None:
 def patients_drawn(answer: Callable) -> str | None:
     """06.1: patients (n,) and a generator -> rows of one bootstrap resample of patients."""
     patients = np.repeat(np.arange(40), np.arange(40) % 2 + 1)
-    seen = set()
-    for seed in range(5):
+    seen, pairs = set(), 0.0
+    for seed in range(20):
         rows = np.asarray(answer(patients, np.random.default_rng(seed)))
         if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
             return "give the rows as one array of whole numbers."
@@ -217,18 +230,23 @@ def patients_drawn(answer: Callable) -> str | None:
         if per_patient.first().sum() != 40:
             return "40 patients are there, so 40 are drawn; the number of images may vary."
         seen.add(tuple(np.sort(rows)))
+        pairs += per_patient.first()[1::2].sum() / 40 / 20  # those with two images
     if times.max() < 2:
         return "draw with replacement: somebody comes twice and somebody stays out."
-    return None if len(seen) == 5 else "draw with the generator that is given: each draw differs."
+    if len(seen) < 20:
+        return "draw with the generator that is given: each draw differs."
+    if pairs > 0.58:  # half of the patients have two images: 0.5 when right, 0.67 when not
+        return "every patient is equally likely, however many images: draw among different names."
+    return None
 
 
 def sensitivity_specificity(answer: Callable) -> str | None:
     """06.2: confusion matrix (truth down), first positive class -> sensitivity, specificity."""
-    confusion = np.array([[8, 1, 1], [2, 5, 3], [0, 1, 4]])
+    confusion = np.array([[9, 1, 0], [2, 6, 2], [0, 1, 4]])
     return first_hint(answer, [
-        ((confusion, 2), (0.8, 0.8), "of 5 knees of grade 2 or worse 4 are found; of 20 others 16 "
+        ((confusion, 2), (0.8, 0.9), "of 5 knees of grade 2 or worse 4 are found; of 20 others 18 "
          "are left in peace. Truth runs down, answers across."),
-        ((confusion, 1), (13 / 15, 0.8), "grade 1 counts as positive now: 13 of 15 are found."),
+        ((confusion, 1), (13 / 15, 0.9), "grade 1 counts as positive now: 13 of 15 are found."),
     ])  # fmt: skip
 
 

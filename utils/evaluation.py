@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from utils import calibration, data, distillation, metrics, runs, views
+from utils import calibration, data, distillation, metrics, parameters, runs, views
 
 OPENINGS = "test_openings.json"
 GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # spreads any number of views evenly round a circle
@@ -106,6 +106,20 @@ def model_state(paths: Mapping[str, Path]) -> dict[str, str]:
     return {name: distillation.file_digest(path) for name, path in paths.items()}
 
 
+def check_question(positive_from: int, class_names: Sequence[str]) -> None:
+    """Refuse a yes-or-no question that every image answers alike.
+
+    Raises:
+        ParameterError: no class counts as no, or none as yes.
+    """
+    if not 1 <= positive_from < len(class_names):
+        last = len(class_names) - 1
+        raise parameters.ParameterError(
+            f"POSITIVE_FROM = {positive_from}, but the classes run from 0 to {last}: choose one "
+            f"from 1 to {last}."
+        )
+
+
 def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **fixed) -> dict:
     """Note in `test_openings.json` that the test split is opened now, before it is.
 
@@ -118,9 +132,9 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
         fixed: what was settled beforehand, such as the decision rule (plain values).
 
     Returns:
-        `{count, changed_model, history}`: how often a test split was opened in this run, now
-        included; whether an earlier opening was for another model or of another split; every
-        entry.
+        `{count, changed_model, changed_rule, history}`: how often a test split was opened in this
+        run, now included; whether an earlier opening was for another model or of another split;
+        whether one was with other things settled; every entry.
 
     Raises:
         runs.StageError: the file is damaged.
@@ -130,6 +144,7 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
     models = model_state(paths)
     now = (models, dataset.digest)
     changed = any((entry["models"], entry["data"]) != now for entry in history)
+    changed_rule = any(entry["fixed"] != fixed for entry in history)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "data": dataset.digest,
@@ -139,7 +154,8 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
     }
     history = [*history, entry]
     runs.write_json(path, history)
-    return {"count": len(history), "changed_model": changed, "history": history}
+    found = {"count": len(history), "changed_model": changed, "changed_rule": changed_rule}
+    return found | {"history": history}
 
 
 def count_openings(folder: Path) -> int:
@@ -161,7 +177,12 @@ def opening_sentence(opening: Mapping | None) -> str:
             f"{times}, at least once for another model than this one: whoever saw the earlier "
             "figures may have chosen by them, and then these flatter."
         )
-    return f"{times}, always for the same models: nothing was chosen by it."
+    if opening["changed_rule"]:
+        return (
+            f"{times}, for the same models but under another decision rule: whoever saw the "
+            "earlier figures may have chosen the rule by them."
+        )
+    return f"{times}, always for the same models and decision rule: nothing was chosen by it."
 
 
 def predictions_table(

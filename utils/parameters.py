@@ -12,8 +12,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import yaml
@@ -36,21 +35,34 @@ BACKBONES = (
 )
 
 
+# Every name and its types. The notebooks decide the values; they cannot make up names, for Jupyter
+# saves a slip of the pen into the very cell that is read.
+NAMES = {
+    "str": "BALANCE DATA_DIR DECISION RUN_DIR STUDENT_BACKBONE STUDENT_PRECISION STUDENT_WEIGHTS "
+    "TEACHER_BACKBONE TEACHER_PRECISION TEACHER_WEIGHTS",
+    "int": "ACCUMULATION BATCH_SIZE BOOTSTRAP DEVICES LEAK_IMAGES PHANTOM_PATIENTS PHASE_1_EPOCHS "
+    "PHASE_2_EPOCHS PHASE_3_EPOCHS POSITIVE_FROM RESTARTS SEED STORED_SIZE STUDENT_BATCH_SIZE "
+    "STUDENT_EPOCHS STUDENT_HEAD_EPOCHS STUDENT_IMAGE_SIZE TEACHER_IMAGE_SIZE TEST_VIEWS VIEWS "
+    "WARMUP_EPOCHS",
+    "float": "BRIGHTNESS CONTRAST COVERAGE CUTOUT DROPOUT FOCAL_GAMMA HARD_WEIGHT LABEL_SMOOTHING "
+    "LABEL_SOFTENING PHASE_1_LEARNING_RATE PHASE_2_LEARNING_RATE PHASE_3_LEARNING_RATE ROTATION "
+    "SHIFT STUDENT_HEAD_LEARNING_RATE STUDENT_LABEL_SOFTENING STUDENT_LEARNING_RATE "
+    "TARGET_ACCURACY TEMPERATURE TEST_FRACTION UNFREEZE VAL_FRACTION ZOOM",
+    "bool": "ALLOW_LEAKS EXPORT FLIP LABELS_ONLY LEAK_STUDY OPEN_TEST",
+    "float | None": "MAX_HOURS",
+    "str | bool": "JIT_COMPILE",
+}
+TYPES = {n: tuple(kind.split(" | ")) for kind, names in NAMES.items() for n in names.split()}
+
+
 class ParameterError(ValueError):
     """A profile or a parameter that the series cannot run with; the message is for its user."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One name of a `parameters` cell: its default, and the types its annotation allows."""
-
-    default: object
-    types: tuple[str, ...]
-
-    def accepts(self, value: object) -> bool:
-        """Whether `value` has one of the declared types; an int serves as a float."""
-        name = type(value).__name__ if value is not None else "None"
-        return name in self.types or (name == "int" and "float" in self.types)
+def accepts(name: str, value: object) -> bool:
+    """Whether a value has one of the types of the parameter `name`; an int serves as a float."""
+    kind = type(value).__name__ if value is not None else "None"
+    return kind in TYPES[name] or (kind == "int" and "float" in TYPES[name])
 
 
 def one_of(*choices):
@@ -135,37 +147,50 @@ def parameter_cell(notebook: Path) -> str:
     return "".join(tagged[0]["source"])
 
 
-def declared(root: Path | None = None) -> dict[str, dict[str, Parameter]]:
-    """What each notebook below `root`/notebooks declares: `{notebook: {NAME: Parameter}}`.
+def declared(root: Path | None = None) -> dict[str, dict[str, object]]:
+    """What each notebook below `root`/notebooks declares: `{notebook: {NAME: default}}`.
 
     Notebooks of the series that are missing there are left out (on Kaggle one may stand alone).
+
+    Raises:
+        ParameterError: a notebook's cell of parameters cannot be read.
     """
     found = {}
     for notebook in NOTEBOOKS:
         path = Path(root or ROOT) / "notebooks" / f"{notebook}.ipynb"
         if path.exists():
-            found[notebook] = read_cell(parameter_cell(path))
+            try:
+                found[notebook] = read_cell(parameter_cell(path), TYPES)
+            except (SyntaxError, ValueError) as error:
+                reason = str(error).removeprefix(f"{path} ")
+                raise ParameterError(f"{path}, cell of parameters: {reason}") from error
     return found
 
 
 def defaults(root: Path | None = None) -> dict[str, object]:
     """The value of every parameter as the notebooks below `root` declare it."""
-    return {n: p.default for own in declared(root).values() for n, p in own.items()}
+    return {name: value for own in declared(root).values() for name, value in own.items()}
 
 
-def read_cell(source: str) -> dict[str, Parameter]:
-    """Parse `NAME: annotation = literal` lines without running them."""
+def read_cell(source: str, names: Container[str] | None = None) -> dict[str, object]:
+    """Parse `NAME = literal` lines without running them; of `names` alone where these are given.
+
+    Raises:
+        ValueError: a parameter's value is an expression: no profile could say it.
+    """
     parameters = {}
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name) or node.value is None:
             continue
-        default = ast.literal_eval(node.value)
-        if isinstance(node, ast.AnnAssign):
-            types = tuple(part.strip() for part in ast.unparse(node.annotation).split("|"))
-        else:
-            types = (type(default).__name__,)
-        parameters[target.id] = Parameter(default, types)
+        if names is not None and target.id not in names:
+            continue
+        try:
+            parameters[target.id] = ast.literal_eval(node.value)
+        except ValueError as error:
+            raise ValueError(
+                f"{ast.unparse(node)} is an expression: write the value itself."
+            ) from error
     return parameters
 
 
@@ -193,21 +218,20 @@ def load_profile(name: str, root: Path | None = None) -> dict:
     return profile
 
 
-def check(values: Mapping[str, object], root: Path | None = None) -> dict[str, object]:
+def check(values: Mapping[str, object]) -> dict[str, object]:
     """Return `values` unchanged as a dict when the series can run with them.
 
     Raises:
         ParameterError: names that no notebook owns, wrong types, values out of range; at most ten
             findings, a line each.
     """
-    known = {n: p for parameters in declared(root).values() for n, p in parameters.items()}
     faults = []
     for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
+        if name not in TYPES:
+            near = difflib.get_close_matches(str(name), TYPES, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             faults.append(f"{name} is no parameter of any notebook.{hint}")
-        elif fault := fault_of(name, value, known[name]):
+        elif fault := fault_of(name, value):
             faults.append(fault)
     if faults:
         shown = faults[:10] + ([f"… and {len(faults) - 10} more"] if len(faults) > 10 else [])
@@ -251,12 +275,12 @@ def as_yaml_number(value: object) -> str | None:
     return f"{whole}{fraction or '.0'}e{sign or '+'}{power}"
 
 
-def fault_of(name: str, value: object, parameter: Parameter) -> str | None:
+def fault_of(name: str, value: object) -> str | None:
     """What is wrong with one value, in a sentence; None when nothing is."""
-    if not parameter.accepts(value):
-        wanted = " or ".join(parameter.types)
+    if not accepts(name, value):
+        wanted = " or ".join(TYPES[name])
         hint = ""
-        if "float" in parameter.types and (number := as_yaml_number(value)):
+        if "float" in TYPES[name] and (number := as_yaml_number(value)):
             hint = f" In YAML write this number with a point and a sign: {number}."
         return f"{name} = {value!r} is {type(value).__name__}, wanted {wanted}.{hint}"
     if isinstance(value, float) and not math.isfinite(value):

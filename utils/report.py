@@ -384,6 +384,20 @@ def deletion_checks(
     return found
 
 
+def deletion_sentence(found: Mapping) -> str:
+    """What a deletion check says about a model's maps."""
+    falls = (
+        f"hiding the hottest tenth lowers the probability by {found['hottest_fall']:.3f}, "
+        f"a random tenth by {found['random_fall']:.3f}"
+    )
+    low, high = found["difference_ci95"]
+    if low > 0:
+        return f"{falls}: the map marks what the answer rests on"
+    return (
+        f"{falls}: the map does {'not' if high < 0 else 'not surely'} show what the answer rests on"
+    )
+
+
 def deletion_table(checks: Mapping[str, Mapping]) -> pd.DataFrame:
     """The deletion checks as `plots.deletion` wants them."""
     rows = [

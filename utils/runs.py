@@ -100,14 +100,14 @@ def set_aside(folder: Path, why: str = "was made with other settings") -> Path:
         if (aside / name).exists():
             folder.mkdir(exist_ok=True)
             shutil.copy2(aside / name, folder / name)
-    print(f"{folder} {why}: kept as {aside.name}.")
+    print(f"{folder} {why}: kept as {aside.name}; renamed back, it counts again.")
     return aside
 
 
 def own_parameters(notebook: str, values: Mapping, root_folder: Path | None = None) -> dict:
     """The parameters that `notebook` decides, with `values` over its defaults."""
     own = parameters.declared(root_folder)[notebook]
-    return {n: values.get(n, p.default) for n, p in own.items() if n not in parameters.SHARED}
+    return {n: values.get(n, v) for n, v in own.items() if n not in parameters.SHARED}
 
 
 def signature(folder: str) -> str | None:
@@ -259,7 +259,7 @@ class Stage:
             later = [p for p in (2, 3) if self.folder.name < f"phase_{p}"]  # train more layers
             looks = plan.get("VIEWS", 0) / 3  # the third of an epoch each
             epochs = sum(plan.get(f"PHASE_{p}_EPOCHS", 0) for p in later) + looks
-            ends = "not before {}, when the student begins"
+            ends = "not before {} (the student begins then)"
         else:  # the student on labels alone comes after the distilled one
             again = plan.get("LABELS_ONLY", False) and "student" not in self.saved["facts"]
             both = ("STUDENT_HEAD_EPOCHS", "STUDENT_EPOCHS")

@@ -136,7 +136,7 @@ def injected(book) -> dict[str, object]:
     found = {}
     for cell in book.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
-            found |= {n: p.default for n, p in parameters.read_cell(cell.source).items()}
+            found |= parameters.read_cell(cell.source)
     return found
 
 
@@ -151,7 +151,7 @@ def check_parameters(book, executed) -> None:
     own = {}
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            own = {n: p.default for n, p in parameters.read_cell(cell.source).items()}
+            own = parameters.read_cell(cell.source)
     others = [
         f"{name} = {value!r} (the notebook: {own.get(name)!r})"
         for name, value in injected(executed).items()

@@ -280,7 +280,7 @@ def softmax_of_softmax(
     title: str | None = "A softmax of a softmax says the same about every knee",
     note: str = "",
 ) -> Figure:
-    """Soft targets from logits, and from probabilities taken for logits; 20 knees, a line each.
+    """Soft targets from logits, and from probabilities taken for logits; a line a knee, of 20.
 
     Args:
         right: softmax(logits / T), float (n, classes) or (classes,), rows sum to one.
@@ -291,8 +291,9 @@ def softmax_of_softmax(
     axes = made.subplots(1, 2, sharey=True)
     for ax, (name, rows) in zip(axes, panels.items(), strict=True):
         rows = np.atleast_2d(np.asarray(rows, float))
+        shown = rows[:: max(1, len(rows) // 20)][:20]  # they may come sorted by class
         ax.axhline(1 / len(names), color=FAINT, ls="--", lw=1)
-        ax.plot(rows[:20].T, "-o", color=COLORS[0], lw=1, ms=3, alpha=0.4)
+        ax.plot(shown.T, "-o", color=COLORS[0], lw=1, ms=3, alpha=0.4)
         entropy = -np.sum(rows * np.log2(np.maximum(rows, 1e-12)), axis=1).mean()
         ax.set_title(f"{name}\nentropy {entropy:.2f} of {np.log2(len(names)):.2f} bits")
         ax.set_xticks(range(len(names)), names)

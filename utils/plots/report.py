@@ -198,7 +198,7 @@ def differences(
 def deletion(
     table: pd.DataFrame,
     *,
-    title: str | None = "Hiding what the map points at must hurt more than hiding anything",
+    title: str | None = "Does hiding what the map marks hurt more than hiding anything?",
     note: str = "",
 ) -> Figure:
     """Fall of the graded class's probability when a tenth of the image is hidden.

@@ -111,7 +111,7 @@ def learning_curves(
                     va="bottom", fontsize=8, color=FAINT)  # fmt: skip
         if best is not None:
             ax.axvline(x[best], color=INK, lw=0.8, ls=":")
-        text = {"qwk": "QWK", "learning_rate": "learning rate"}.get(name, name)
+        text = {"qwk": "QWK", "learning_rate": "learning rate, epoch's end"}.get(name, name)
         ax.set_title(text, pad=14 if legs else 6)
         ax.set_xlabel("epoch")
         ax.set_xlim(x[0] - 0.5, x[-1] + 0.5)
