@@ -19,15 +19,6 @@ from utils.commands import kaggle
 from utils.folders import find_dataset
 
 DATA = "shashwatwork/knee-osteoarthritis-dataset-with-severity"
-CELLS = {
-    "01_data": 'DATA_DIR: str = ""\nSTORED_SIZE: int = 64\nSEED: int = 0',
-    "02_teacher_phase_1": 'TEACHER_BACKBONE: str = "x"\nTEACHER_WEIGHTS: str = "none"\n'
-    "TEACHER_IMAGE_SIZE: int = 64",
-    "03_teacher_phase_2": "PHASE_2_EPOCHS: int = 1",
-    "04_teacher_phase_3": "PHASE_3_EPOCHS: int = 1",
-    "05_distillation": 'STUDENT_BACKBONE: str = "x"\nSTUDENT_WEIGHTS: str = "none"',
-    "06_evaluation": "TEST_VIEWS: int = 1",
-}
 PROFILE = """RUN_DIR: runs/kaggle
 STORED_SIZE: 384
 TEACHER_BACKBONE: EfficientNetV2M
@@ -38,7 +29,7 @@ STUDENT_BACKBONE: MobileNetV3Small
 STUDENT_WEIGHTS: imagenet
 TEST_VIEWS: 7
 """
-KERNELS = ["00_weights", *CELLS]
+KERNELS = ["00_weights", *parameters.NOTEBOOKS]
 
 
 def write_project(folder):
@@ -47,8 +38,9 @@ def write_project(folder):
     (folder / "utils").mkdir()
     (folder / "utils" / "runs.py").touch()
     (folder / "LICENSE").write_text("Apache")
-    for name, cell in CELLS.items():
-        cells = [nbformat.v4.new_code_cell(f'RUN_DIR: str = "runs/tiny"\n{cell}')]
+    for name in parameters.NOTEBOOKS:
+        real = parameters.ROOT / "notebooks" / f"{name}.ipynb"
+        cells = [nbformat.v4.new_code_cell(parameters.parameter_cell(real))]
         cells[0]["metadata"]["tags"] = ["parameters"]
         cells.append(nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream")]))
         kernel = {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}}
@@ -170,7 +162,7 @@ def test_the_request_that_the_client_would_send(folders, client, capsys, kernel)
     assert body["isPrivate"] is True and not body.get("enableTpu")
     assert body["language"] == "python"
     assert not body.get("competitionDataSources") and not body.get("modelDataSources")
-    if kernel in CELLS:
+    if kernel in parameters.NOTEBOOKS:
         assert body["kernelType"] == "notebook"
         cells = json.loads(body["text"])["cells"]
         assert [cell["outputs"] for cell in cells] == [[], [], []]
@@ -180,7 +172,7 @@ def test_the_request_that_the_client_would_send(folders, client, capsys, kernel)
         exec(cells[0]["source"] + "\n" + cells[1]["source"], {"str": str, "int": int}, values)
         values.pop("__annotations__", None)
         profile = parameters.load_profile("kaggle", folders / "code")
-        own = [line.split(":")[0] for line in CELLS[kernel].splitlines()]
+        own = parameters.declared()[kernel]
         assert {n: values[n] for n in own if n in profile} == {
             n: profile[n] for n in own if n in profile
         }

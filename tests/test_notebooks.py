@@ -105,3 +105,12 @@ def test_a_notebook_alone_refuses_what_it_cannot_run_with(tmp_path, stop):
             SERIES[1], tmp_path / "out.ipynb", values, cwd=ROOT, progress_bar=False
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_lesson_on_precision_passes_nbval_in_three_minutes(tmp_path):
+    lesson = ROOT / "notebooks" / "A1_mixed_precision.ipynb"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider",
+         "-c", "/dev/null", "--rootdir", str(ROOT), str(lesson)],
+        cwd=tmp_path, check=True, timeout=180,
+    )  # fmt: skip

@@ -55,10 +55,10 @@ def test_what_a_saved_notebook_makes_up_is_refused_all_the_same(tmp_path):
         path.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=[cell])))
         return parameters.declared(tmp_path)["05_distillation"]
 
-    assert declared("TEMPERATUR = 8.0\nVIEWS = 4\nx = [1][0]") == {"VIEWS": 4}
-    with pytest.raises(ParameterError, match=r"TEMPERATUR is no .* Did you mean TEMPERATURE\?"):
-        parameters.check({"TEMPERATUR": 8.0})
+    assert declared("T = 8.0\nVIEWS = 4\nx = [1][0]\nfor i in x: pass") == {"VIEWS": 4}
     for line, said in {
+        "TEMPERATUR = 8.0": r"TEMPERATUR is no .* Did you mean TEMPERATURE\?",
+        "VIEWS = 4\nVIEWS += 1": "VIEWS \\+= 1 is an expression",
         "HARD_WEIGHT = 1 / 3": "HARD_WEIGHT = 1 / 3 is an expression: write the value itself",
         "VIEWS = VIEWS": "VIEWS = VIEWS is an expression",
         "VIEWS = ": "cell of parameters: invalid syntax",
@@ -216,13 +216,44 @@ def test_values_that_do_not_go_together_are_refused(notebook, settings, said):
         parameters.check_together(notebook, good | settings)
 
 
+@pytest.mark.parametrize("positive_from", [0, 3, 7])
+def test_a_question_that_all_images_answer_alike_is_refused(positive_from):
+    for known in (None, 5 if positive_from == 3 else 8):
+        if positive_from:
+            parameters.check_question({"POSITIVE_FROM": positive_from}, known)
+    parameters.check_question({}, 3)
+    if positive_from:
+        with pytest.raises(ParameterError, match=rf"{positive_from} .* 0 to 2: .* 1 to 2"):
+            parameters.check_question({"POSITIVE_FROM": positive_from}, 3)
+
+
+def test_a_series_is_checked_with_what_its_notebooks_say(tmp_path):
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    for name in parameters.NOTEBOOKS:
+        source = parameters.ROOT / "notebooks" / f"{name}.ipynb"
+        (notebooks / source.name).write_bytes(source.read_bytes())
+    assert parameters.settings({"SEED": 3}, tmp_path)["SEED"] == 3
+    six = notebooks / "06_evaluation.ipynb"
+    text = six.read_text(encoding="utf-8")
+    for old, new, said in [
+        ("BOOTSTRAP = 2000", "BOOTSTRAP = 20", "BOOTSTRAP = 20 must be at least 100"),
+        ("COVERAGE = 0.8", "x = 0.8", "No notebook sets COVERAGE"),
+        ("COVERAGE = 0.8", "COVERAG = 0.8", "Did you mean COVERAGE"),
+    ]:
+        assert text.count(old) == 1
+        six.write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(ParameterError, match=said):
+            parameters.settings({}, tmp_path)
+
+
 # --- reading
 
 
 def test_cells_are_read_without_being_run():
     read = parameters.read_cell(
         'MAX_HOURS: float | None = None\nSEED = -1\nRUN_DIR = "x"  # a comment\nimport os\n'
-        'VIEWS: int\nprint("never")\nOTHER = 1 + 1',
+        'VIEWS: int\nprint("never")\nother = 1 + 1',
         parameters.TYPES,
     )
     assert parameters.read_cell("OTHER = 1") == {"OTHER": 1}

@@ -22,7 +22,8 @@ OPEN = """
 import json, os, secrets, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from utils import runs
+from utils import parameters, runs
+parameters.TYPES |= {own}
 values = {{n: v for n, v in globals().items() if n.isupper()}}
 wanted = runs.identity(Path(RUN_DIR), {name!r}, values, Path.cwd())
 path = Path(RUN_DIR, {folder!r}, "stage.json")
@@ -46,13 +47,17 @@ PARAMETERS = {
 }
 
 
+OWN = {"STOP": ("bool",), "WORK": ("str",)}  # what the mini notebooks declare of their own
+
+
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A folder with three mini notebooks and two profiles."""
+    monkeypatch.setattr(parameters, "TYPES", parameters.TYPES | OWN)
     folder = tmp_path / "project"
     (folder / "notebooks" / "profiles").mkdir(parents=True)
     for name, cell in PARAMETERS.items():
-        source = OPEN.format(root=str(runs.root()), name=name, folder=runs.FOLDERS[name])
+        source = OPEN.format(root=str(runs.root()), name=name, folder=runs.FOLDERS[name], own=OWN)
         cells = [
             nbformat.v4.new_markdown_cell(f"# {name}"),
             nbformat.v4.new_code_cell(f'RUN_DIR: str = "runs/tiny"\n{cell}'),
@@ -224,7 +229,7 @@ def test_ctrl_c_ends_the_kernel(project):
         # A parent in the background may have left SIGINT ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from pathlib import Path; from utils import __main__, parameters;"
-        f"parameters.ROOT = Path({str(project)!r});"
+        f"parameters.ROOT = Path({str(project)!r}); parameters.TYPES |= {OWN};"
         "sys.exit(__main__.main(['run', '-p', 'WORK', 'import time; time.sleep(60)']))"
     )
     runner = subprocess.Popen(
@@ -247,7 +252,8 @@ def test_ctrl_c_ends_the_kernel(project):
 def test_the_runner_never_imports_tensorflow(project):
     code = (
         "import sys; from pathlib import Path; from utils import __main__, parameters;"
-        f"parameters.ROOT = Path({str(project)!r}); status = __main__.main(['run']);"
+        f"parameters.ROOT = Path({str(project)!r}); parameters.TYPES |= {OWN};"
+        f"status = __main__.main(['run']);"
         "print('loaded:', [m for m in ('tensorflow', 'keras', 'jax') if m in sys.modules]);"
         "sys.exit(status)"
     )

@@ -35,6 +35,12 @@ def strategy(devices: int = 0, names: Sequence[str] | None = None) -> tf.distrib
     return tf.distribute.get_strategy()
 
 
+def gpus() -> list[dict]:
+    """What TensorFlow knows of each GPU: its `device_name`, its `compute_capability`."""
+    details = tf.config.experimental.get_device_details
+    return [details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+
+
 def add_up(mirrored: tf.distribute.Strategy) -> None:
     """Let the devices add numbers up once, as they will add gradients up in every step."""
 

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from utils import calibration, data, distillation, metrics, parameters, runs, views
+from utils import calibration, data, distillation, metrics, runs, views
 
 OPENINGS = "test_openings.json"
 GOLDEN_ANGLE = np.pi * (3 - 5**0.5)  # spreads any number of views evenly round a circle
@@ -106,20 +106,6 @@ def model_state(paths: Mapping[str, Path]) -> dict[str, str]:
     return {name: distillation.file_digest(path) for name, path in paths.items()}
 
 
-def check_question(positive_from: int, class_names: Sequence[str]) -> None:
-    """Refuse a yes-or-no question that every image answers alike.
-
-    Raises:
-        ParameterError: no class counts as no, or none as yes.
-    """
-    if not 1 <= positive_from < len(class_names):
-        last = len(class_names) - 1
-        raise parameters.ParameterError(
-            f"POSITIVE_FROM = {positive_from}, but the classes run from 0 to {last}: choose one "
-            f"from 1 to {last}."
-        )
-
-
 def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **fixed) -> dict:
     """Note in `test_openings.json` that the test split is opened now, before it is.
 
@@ -132,7 +118,7 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
         fixed: what was settled beforehand, such as the decision rule (plain values).
 
     Returns:
-        `{count, changed_model, changed_rule, history}`: how often a test split was opened in this
+        `{count, changed_model, changed_fixed, history}`: how often a test split was opened in this
         run, now included; whether an earlier opening was for another model or of another split;
         whether one was with other things settled; every entry.
 
@@ -144,7 +130,8 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
     models = model_state(paths)
     now = (models, dataset.digest)
     changed = any((entry["models"], entry["data"]) != now for entry in history)
-    changed_rule = any(entry["fixed"] != fixed for entry in history)
+    # What an older entry does not tell is taken to have been the same.
+    changed_fixed = any((fixed | entry["fixed"]) != (entry["fixed"] | fixed) for entry in history)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "data": dataset.digest,
@@ -154,7 +141,7 @@ def open_test(folder: Path, paths: Mapping[str, Path], dataset: data.Dataset, **
     }
     history = [*history, entry]
     runs.write_json(path, history)
-    found = {"count": len(history), "changed_model": changed, "changed_rule": changed_rule}
+    found = {"count": len(history), "changed_model": changed, "changed_fixed": changed_fixed}
     return found | {"history": history}
 
 
@@ -177,12 +164,12 @@ def opening_sentence(opening: Mapping | None) -> str:
             f"{times}, at least once for another model than this one: whoever saw the earlier "
             "figures may have chosen by them, and then these flatter."
         )
-    if opening["changed_rule"]:
+    if opening["changed_fixed"]:
         return (
-            f"{times}, for the same models but under another decision rule: whoever saw the "
-            "earlier figures may have chosen the rule by them."
+            f"{times}, for the same models but with other settings than these (decision rule, "
+            "views and the like): whoever saw the earlier figures may have chosen them by those."
         )
-    return f"{times}, always for the same models and decision rule: nothing was chosen by it."
+    return f"{times}, always for the same models and settings: nothing was chosen by it."
 
 
 def predictions_table(

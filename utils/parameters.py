@@ -168,24 +168,68 @@ def declared(root: Path | None = None) -> dict[str, dict[str, object]]:
 
 
 def defaults(root: Path | None = None) -> dict[str, object]:
-    """The value of every parameter as the notebooks below `root` declare it."""
-    return {name: value for own in declared(root).values() for name, value in own.items()}
+    """The value of every parameter as the notebooks below `root` declare it.
+
+    Raises:
+        ParameterError: all six notebooks are there, and none of them declares some parameter.
+    """
+    found = declared(root)
+    values = {name: value for own in found.values() for name, value in own.items()}
+    if len(found) == len(NOTEBOOKS) and (missing := sorted(set(TYPES) - set(values))):
+        raise ParameterError(
+            f"No notebook sets {', '.join(missing)}: write the line into its cell of parameters."
+        )
+    return values
+
+
+def settings(values: Mapping[str, object], root: Path | None = None) -> dict[str, object]:
+    """All parameters of a series, `values` over what the notebooks below `root` say, checked.
+
+    Raises:
+        ParameterError: as `check` and `check_together` do, of either.
+    """
+    check(values)
+    found = check(defaults(root) | dict(values))
+    for notebook in declared(root):
+        check_together(notebook, found)
+    return found
+
+
+def looks_like_one(name: str) -> bool:
+    """Whether a name is written as parameters are: a learner's own T = 4 is none."""
+    return name.isupper() and name[0] != "_" and len(name) > 2
+
+
+def unknown(name: str) -> str:
+    """What is said of a name that is no parameter."""
+    near = difflib.get_close_matches(str(name), TYPES, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"{name} is no parameter of any notebook.{hint}"
 
 
 def read_cell(source: str, names: Container[str] | None = None) -> dict[str, object]:
-    """Parse `NAME = literal` lines without running them; of `names` alone where these are given.
+    """Parse `NAME = literal` lines without running them.
+
+    names: what may be declared, if given; a learner's own lower-case names are left out then.
 
     Raises:
-        ValueError: a parameter's value is an expression: no profile could say it.
+        ValueError: a parameter's value is an expression, which no profile could say, or a name
+            that looks like a parameter's is none of `names`.
     """
     parameters = {}
     for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if not isinstance(target, ast.Name) or node.value is None:
+        if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) or node.value is None:
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if not isinstance(target, ast.Name):
             continue
         if names is not None and target.id not in names:
+            if looks_like_one(target.id):
+                raise ValueError(unknown(target.id))
             continue
         try:
+            if isinstance(node, ast.AugAssign):
+                raise ValueError("computed")
             parameters[target.id] = ast.literal_eval(node.value)
         except ValueError as error:
             raise ValueError(
@@ -228,9 +272,7 @@ def check(values: Mapping[str, object]) -> dict[str, object]:
     faults = []
     for name, value in values.items():
         if name not in TYPES:
-            near = difflib.get_close_matches(str(name), TYPES, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            faults.append(f"{name} is no parameter of any notebook.{hint}")
+            faults.append(unknown(name))
         elif fault := fault_of(name, value):
             faults.append(fault)
     if faults:
@@ -264,6 +306,22 @@ def check_together(notebook: str, settings: Mapping[str, object]) -> None:
                 f"VIEWS = {settings['VIEWS']}, but the student trains {epochs} epochs, one view "
                 f"each: the teacher would look in vain. Set VIEWS to {epochs} or less."
             )
+
+
+def check_question(settings: Mapping[str, object], classes: int | None) -> None:
+    """Refuse a yes-or-no question that every image answers alike, before anything trains.
+
+    Nothing is asked where notebook 06 is not there or the number of classes is not known.
+
+    Raises:
+        ParameterError: no class counts as no, or none as yes.
+    """
+    positive_from = settings.get("POSITIVE_FROM")
+    if classes and positive_from and not 1 <= positive_from < classes:
+        raise ParameterError(
+            f"POSITIVE_FROM = {positive_from} (notebook 06), but the classes run from 0 to "
+            f"{classes - 1}: choose one from 1 to {classes - 1}."
+        )
 
 
 def as_yaml_number(value: object) -> str | None:

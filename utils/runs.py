@@ -100,7 +100,7 @@ def set_aside(folder: Path, why: str = "was made with other settings") -> Path:
         if (aside / name).exists():
             folder.mkdir(exist_ok=True)
             shutil.copy2(aside / name, folder / name)
-    print(f"{folder} {why}: kept as {aside.name}; renamed back, it counts again.")
+    print(f"{folder} {why}: kept as {aside.name}.")
     return aside
 
 
@@ -311,8 +311,7 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
             Kaggle also a missing GPU, attachment or the like.
         OSError: the run's folder cannot be written.
     """
-    # A learner's own T = 4 is no parameter: these have longer names.
-    values = {n: v for n, v in namespace.items() if n.isupper() and n[0] != "_" and len(n) > 2}
+    values = {n: v for n, v in namespace.items() if parameters.looks_like_one(n)}
     parameters.check(values)
     run = run_folder(values["RUN_DIR"])
     if run.exists() and not run.is_dir():
@@ -325,6 +324,10 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
     settings = earlier_settings(run, notebook) | own_parameters(notebook, values)
     shared = {n: values[n] for n in parameters.SHARED if n in values}
     parameters.check_together(notebook, settings)
+    plan = planned(run) | values
+    if notebook != NOTEBOOKS[0]:
+        facts = read_stage(run, NOTEBOOKS[0])["facts"]
+        parameters.check_question(plan, facts.get("classes"))
     wanted = identity(run, notebook, values)
     folder = run / FOLDERS[notebook]
     condition = state(run, notebook, values)
@@ -340,7 +343,7 @@ def open_stage(notebook: str, namespace: Mapping[str, object]) -> Stage:
     else:
         write_json(folder / "stage.json", saved)  # better now than after an epoch
     limit = deadline(values.get("MAX_HOURS"))
-    return Stage(notebook, run, settings | shared, saved, limit, planned(run) | values)
+    return Stage(notebook, run, settings | shared, saved, limit, plan)
 
 
 def planned(run: Path) -> dict[str, object]:

@@ -18,10 +18,10 @@ import pandas as pd
 import tensorflow as tf
 
 from utils import checkpoints, devices, models, runs
-from utils.devices import strategy
+from utils.devices import gpus, strategy
 from utils.schedules import Leg, make_optimizer, rates
 
-__all__ = ["Leg", "LossNotFinite", "Recipe", "Training", "rates", "strategy", "train"]
+__all__ = ["Leg", "LossNotFinite", "Recipe", "Training", "gpus", "rates", "strategy", "train"]
 
 # A phase has collapsed when it names one class almost always and orders nothing.
 COLLAPSED_SHARE, COLLAPSED_QWK = 0.95, 0.05

@@ -157,7 +157,8 @@ def generate(
 def checked(user: str, data: str, out: Path, profile: str, root: Path) -> dict[str, object]:
     """The profile's values, once everything that the command line gives is fit for Kaggle."""
     values = {"RUN_DIR": f"runs/{Path(profile).stem}"}
-    values |= parameters.check(parameters.load_profile(profile, root))
+    values |= parameters.load_profile(profile, root)
+    parameters.settings(values, root)
     faults = []
     if not re.fullmatch(OWNER, user):
         faults.append(

@@ -184,10 +184,7 @@ def gather(profile, data, out, given, root: Path) -> dict[str, object]:
         values["DATA_DIR"] = str(Path(data).expanduser().resolve())
     if out is not None:
         values["RUN_DIR"] = str(Path(out).expanduser().resolve())
-    values = parameters.check(values)
-    settings = parameters.defaults(root) | values
-    for notebook in parameters.declared(root):
-        parameters.check_together(notebook, settings)
+    parameters.settings(values, root)
     if values.get("DATA_DIR"):
         values["DATA_DIR"] = str(root / Path(values["DATA_DIR"]).expanduser())
         if not Path(values["DATA_DIR"]).is_dir():
