@@ -293,6 +293,11 @@ def no_test_views(run):
     evaluation.test_time_parameters(0)
 
 
+def five_classes(run):
+    run.spoil(ONE, facts={"classes": 5})
+    run.open(TWO, POSITIVE_FROM=7)
+
+
 def opened(notebook, **changes):
     """A case that is refused when the notebook opens its stage."""
     return lambda run: run.open(notebook, **changes)
@@ -376,6 +381,8 @@ CASES = [
         ValueError,
         r"phase_2/teacher.keras cannot be read .*make it again",
     ),
+    # 06's question, before the teacher trains
+    (five_classes, P, r"POSITIVE_FROM = 7 \(notebook 06\), but the classes run from 0 to 4"),
     # 05: the student
     (opened(FIVE, VIEWS=0), P, r"VIEWS = 0 must be at least 1"),
     (opened(FIVE, VIEWS=500), P, r"VIEWS = 500, but the student trains \d+ .*Set VIEWS to \d"),

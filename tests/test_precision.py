@@ -4,6 +4,7 @@ TensorFlow only, since the crash is one of its compiler. Compiling costs seconds
 for each model, so that few are compiled, and all assertions on one are made in one test.
 """
 
+import ast
 import os
 import re
 import resource
@@ -15,11 +16,12 @@ import warnings
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import keras
+import nbformat
 import numpy as np
 import papermill
 import pytest
 
-from utils import models, objectives, parameters
+from utils import models, objectives, parameters, training
 
 tf = pytest.importorskip("tensorflow")
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's XLA")
@@ -230,6 +232,20 @@ def test_bfloat16_warns_on_a_t4_and_only_there():
     assert models.precision_notes("mixed_float16", [T4]) == []
     (note,) = models.precision_notes("mixed_float16", [P100])
     assert "no float16 tensor cores" in note and "float32" in note
+
+
+@pytest.mark.parametrize(("notebook", "who"), [("02", "TEACHER"), ("05", "STUDENT")])
+def test_the_notebooks_say_it(notebook, who, monkeypatch, capsys):
+    [path] = (parameters.ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
+    sources = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    [cell] = [source for source in sources if "precision_notes" in source]
+    loop = next(node for node in ast.parse(cell).body if isinstance(node, ast.For))
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one", "two"])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: T4)
+    given = {"models": models, "training": training, f"{who}_PRECISION": "mixed_bfloat16"}
+    exec(ast.unparse(loop), given)
+    out = capsys.readouterr().out
+    assert out.count("Tesla T4") == 1 and "prefer mixed_float16" in out
 
 
 def test_float32_says_why_and_a_processor_what_to_expect():

@@ -159,11 +159,11 @@ def declared(root: Path | None = None) -> dict[str, dict[str, object]]:
     for notebook in NOTEBOOKS:
         path = Path(root or ROOT) / "notebooks" / f"{notebook}.ipynb"
         if path.exists():
+            cell = parameter_cell(path)
             try:
-                found[notebook] = read_cell(parameter_cell(path), TYPES)
+                found[notebook] = read_cell(cell, TYPES)
             except (SyntaxError, ValueError) as error:
-                reason = str(error).removeprefix(f"{path} ")
-                raise ParameterError(f"{path}, cell of parameters: {reason}") from error
+                raise ParameterError(f"{path}, cell of parameters: {error}") from error
     return found
 
 

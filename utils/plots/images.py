@@ -1,9 +1,6 @@
-"""Pictures of knees and ideas: galleries, attention, receptive fields, soft targets, freezing.
+"""Pictures of knees and ideas: galleries, attention, receptive fields, soft targets.
 
-Notebooks reach them through `utils.plots`, which holds the figures of numbers. Every function takes
-plain arrays and tables and returns a matplotlib Figure made without pyplot, so that none is left
-open. Images are uint8, (height, width) or (height, width, 1), 0 to 255. `note` stands behind the
-title: "synthetic" wherever drawn phantoms are shown.
+Images are uint8, (height, width) or (height, width, 1), 0 to 255.
 """
 
 from __future__ import annotations

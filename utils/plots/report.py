@@ -1,8 +1,6 @@
 """Figures of the evaluation and the benchmarks: what is known about the models, and how surely.
 
-Notebooks reach them through `utils.plots`. Values are fractions unless said otherwise; columns
-`low` and `high` are the ends of a 95 % interval and may be missing (NaN). Models differ by marker
-as well as by colour.
+Values, intervals and `note` are as `utils.plots` says.
 """
 
 from __future__ import annotations
