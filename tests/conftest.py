@@ -1,28 +1,30 @@
-"""What every test shares: quiet TensorFlow, a small phantom dataset, no leaking dtype policy."""
+"""What every test shares: quiet TensorFlow on few threads, a small dataset, nothing that leaks."""
 
 import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 import sys
 
 import pytest
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")
+for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    os.environ.setdefault(threads, "2")
+
 
 @pytest.fixture(scope="session")
-def phantom_folder(tmp_path_factory):
-    """A `split/class/image` folder of 60 made-up patients at 64 px."""
+def synthetic(tmp_path_factory):
+    """A `split/class/image` folder: synthetic X-rays of 40 patients, 64 px."""
     from utils import phantoms
 
-    return phantoms.write(tmp_path_factory.mktemp("phantoms") / "knees", 60, size=64, seed=1)
+    return phantoms.draw(tmp_path_factory.mktemp("synthetic") / "knees", 40, 1, size=64)
 
 
 @pytest.fixture(autouse=True)
-def restore_policy():
-    """Put the dtype policy back after every test: `clear_session` and precision tests move it."""
+def nothing_leaks():
+    """Put environment and dtype policy back after every test."""
+    before = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(before)
     if "keras" in sys.modules:
-        import keras
-
-        keras.config.set_dtype_policy("float32")
+        sys.modules["keras"].config.set_dtype_policy("float32")

@@ -1,477 +1,416 @@
-"""What goes wrong before anything expensive runs: each bad input is refused with one message that
-says what, where and what to do, and nothing half-written stays behind."""
+"""Folders and files as people have them, given to the commands: read, or refused in fitting words.
 
+Each case goes through `utils.cli.main(argv)` in this process. The cells of notebook 01 that read,
+audit and store run here too, instead of in a kernel each.
+"""
+
+import json
 import os
-import resource
+import re
 import shutil
-from pathlib import Path
+import subprocess
+import sys
 
-import keras
+import nbformat
 import numpy as np
+import pandas as pd
 import pytest
-import standins
 from PIL import Image
-from test_distillation import SETTINGS, make_dataset
 
-from utils import __main__ as command_line
-from utils import (
-    checkpoints,
-    data,
-    distillation,
-    evaluation,
-    folders,
-    models,
-    parameters,
-    recipes,
-    runs,
-    training,
-)
+from utils import cli, data, images, runs, settings
+from utils.cli import run as run_command
 
-ONE, TWO, THREE, FOUR, FIVE, SIX = runs.NOTEBOOKS
-NEVER = "it runs before it is refused"
+CELLS = re.findall(r"\w+", "open negatives summary find decode carve audit notes store finish")
+BOOK = nbformat.read(settings.ROOT / "notebooks/01_data.ipynb", 4)
+ALL = ("train", "val", "test")
 
 
-class Run:
-    """A run in which every notebook is done; the cases spoil parts of it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def open(self, notebook: str, **changes) -> runs.Stage:
-        """Open a stage as its notebook does, with the defaults of its cell but `changes`."""
-        own = dict(parameters.declared()[notebook])
-        return runs.open_stage(notebook, own | {"RUN_DIR": str(self.folder)} | changes)
-
-    def spoil(self, notebook: str, **changes) -> None:
-        """Change what a stage's `stage.json` says."""
-        path = self.folder / runs.FOLDERS[notebook] / "stage.json"
-        runs.write_json(path, runs.read_json(path) | changes)
-
-    def teacher(self, phase: int) -> Path:
-        """The file of a phase's teacher."""
-        return self.folder / f"teacher/phase_{phase}/teacher.keras"
+def run_cells(names, space):
+    """Run cells of notebook 01 in `space`."""
+    written = {cell.id: cell.source for cell in BOOK.cells}
+    for name in names:
+        exec(written[name], space)
+    return space
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """All six stages closed, without having trained anything."""
-    run = Run(tmp_path_factory.mktemp("finished") / "run")
-    model = standins.make_model()
-    for notebook in runs.NOTEBOOKS:
-        stage = run.open(notebook)
-        name = "student" if notebook == FIVE else "teacher"
-        if notebook not in (ONE, SIX):
-            models.save(model, stage.folder / f"{name}.keras")
-        stage.finish()
-    return run
+def execute(run, notebook, values):
+    """Stands in for `utils.cli.run.execute`: the cells above, without a kernel."""
+    space = run_cells(["parameters"], {})
+    run_cells(CELLS, space | {name: value for name, value in values.items() if name in space})
+    done = run / "notebooks" / f"{notebook}.ipynb"
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.touch()
 
 
-@pytest.fixture
-def run(finished, tmp_path, monkeypatch):
-    """A copy of the finished run; whatever costs time is refused to run."""
-
-    def expensive(*_, **__):
-        raise AssertionError(NEVER)
-
-    import papermill
-
-    monkeypatch.setattr(keras.Model, "fit", expensive)
-    monkeypatch.setattr(keras.Model, "predict", expensive)
-    monkeypatch.setattr(papermill, "execute_notebook", expensive)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished.folder, tmp_path / "run")
-    return Run(tmp_path / "run")
+def picture(rng, size=32):
+    """A bright column on dark ground with noise, uint8: no two are alike."""
+    column = 120 * (np.abs(np.linspace(-1, 1, size)) < 0.5)
+    return (40 + column + rng.integers(0, 60, (size, size))).astype("uint8")
 
 
-def write_images(folder: Path, splits=("train", "val", "test"), classes="01", count=6, start=0):
-    """Noise as `split/class/<patient>L.png`, and the folder."""
-    rng = np.random.default_rng(0)
-    for s, split in enumerate(splits):
-        for name in classes:
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                pixels = rng.integers(0, 255, (16, 16), "uint8")
-                patient = 9_000_000 + start + 1000 * s + 100 * int(name) + i
-                Image.fromarray(pixels).save(folder / split / name / f"{patient}L.png")
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write(folder, splits=ALL, classes="01", count=5, name="{}L.png", size=32):
+    """`count` images of each class in each split, a patient each; the folder."""
+    rng, patient = np.random.default_rng(len(str(classes))), 9_000_000
+    for split in splits:
+        for cls in classes:
+            for _ in range(count):
+                patient += 1
+                save(folder / split / cls / name.format(patient), picture(rng, size))
     return folder
 
 
-def read(folder: Path):
-    """Notebook 01 as far as its audit."""
-    table, found = folders.scan(folder)
-    images, facts = folders.decode(folder, table, 16)
-    facts, left_out = data.leave_out(facts)
-    facts, notes = data.complete_splits(facts, 0.2, 0.2, 0)
-    report = data.audit(facts, images, found, left_out, notes)
-    return data.check_leaks(report)
+def first(folder, pattern="train/*/*"):
+    return sorted(p for p in folder.glob(pattern) if p.is_file())[0]
 
 
-# --- the cases, by notebook: what is done, and what must be said
+# --- cases: each writes images below `folder`, and may return further arguments
 
 
-def no_folder(run):
-    folders.find_dataset(run.folder / "nowhere")
+def made(*arguments, **options):
+    """The images of `write`."""
+    return lambda folder: write(folder, **options) and list(arguments)
 
 
-def no_images(run):
-    (run.folder / "empty").mkdir()
-    folders.find_dataset(run.folder / "empty")
+def changed(change, *arguments, **options):
+    """The images of `write`, and a change to their folder."""
 
+    def case(folder):
+        change(write(folder, **options))
+        return arguments
 
-def two_datasets(run):
-    write_images(run.folder / "a/one")
-    write_images(run.folder / "a/two")
-    folders.find_dataset(run.folder / "a")
+    return case
 
 
-def one_class(run):
-    read(write_images(run.folder / "images", classes="0"))
+def given(parameter, value, **options):
+    return made("-p", parameter, value, **options)
 
 
-def empty_split(run):
-    images = write_images(run.folder / "images", splits=("train", "test"))
-    (images / "val/0").mkdir(parents=True)
-    read(images)
+def copied(path):
+    return lambda folder: shutil.copy(first(folder), folder / path)
 
 
-def class_missing_in_train(run):
-    images = write_images(run.folder / "images")
-    write_images(images, splits=("test",), classes="2")
-    read(images)
+def added(path, pixels):
+    return lambda folder: save(folder / path, pixels.astype("uint8"))
 
 
-def unreadable_files(run):
-    images = write_images(run.folder / "images")
-    (images / "train/0/9000001L.png").write_bytes(b"")
-    (images / "val/1/text.png").write_text("no image")
-    read(images)
+def dicom(folder):
+    for path in list(folder.rglob("*.png")):
+        path.rename(path.with_suffix(".dcm"))
 
 
-def leak(run):
-    images = write_images(run.folder / "images")
-    shutil.copy(images / "train/0/9000000L.png", images / "test/0/9000000R.png")
-    read(images)
+def empty_split(folder):
+    shutil.rmtree(folder / "val")
+    (folder / "val/0").mkdir(parents=True)
 
 
-def few_patients(run):
-    read(write_images(run.folder / "images", splits=("train",), count=1))
+def two_splits(folder):
+    shutil.move(first(folder), folder / "val/0/9000030R.png")
+    shutil.copy(first(folder, "train/1/*"), folder / "train/0/9000030L.png")
 
 
-def folder_is_a_file(run):
-    (run.folder / "file").write_text("")
-    run.open(ONE, RUN_DIR=str(run.folder / "file"))
+def near_copies(folder):
+    for number, path in enumerate(sorted((folder / "train/0").iterdir())[:2]):
+        save(folder / f"test/0/{number}L.png", np.asarray(Image.open(path)) // 10 * 9)
 
 
-def full_disk(run):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limit[1]))
-    try:
-        run.open(ONE, RUN_DIR=str(run.folder / "new"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+def many_unreadable(folder):
+    first(folder).write_bytes(b"")
+    first(folder, "val/*/*").write_text("no image")
 
 
-def stage_missing(run):
-    shutil.rmtree(run.folder / "data")
-    run.open(TWO)
+def kinds(folder):
+    write(folder, splits="01", classes=("Image", "Edges"))
 
 
-def stage_unfinished(run):
-    run.spoil(THREE, finished=False, stopped="teacher: 3 of 20 epochs fitted into the time.")
-    run.open(FOUR)
+def flat_train(folder):
+    for path in list(folder.glob("train/*/*")):
+        path.rename(folder / "train" / path.name)
 
 
-def stage_of_another(run):
-    run.spoil(TWO, id="made again")
-    run.open(FOUR)
+WORDS = ("Moderate", "Mild", "No_DR")
+REFUSED = {
+    "no folder": (lambda folder: ["--data", str(folder / "nowhere")], 2, "nowhere"),
+    "empty": (lambda folder: folder.mkdir(), 1, "There is no train/<class>/<image>"),
+    "words": (made(classes=WORDS), 1, "Set CLASS_ORDER"),
+    "DICOM": (changed(dicom), 1, "30 .dcm"),
+    "two datasets": (lambda f: write(f / "one") and write(f / "two") and [], 1, "set DATA_DIR"),
+    "one class": (made(classes="0"), 1, "Two classes are the least"),
+    "an empty split": (changed(empty_split), 1, "no image in val"),
+    "train lacks one": (changed(lambda f: write(f, ("test",), "2")), 1, "no image of class 2"),
+    "no train": (made(splits=("val", "test")), 1, "has no train folder"),
+    "doubled split": (made(splits=("train", "val", "valid")), 1, "both name val"),
+    "order of others": (given("CLASS_ORDER", "[a, b]", classes=WORDS), 1, "the classes are"),
+    "same number twice": (made(classes=("v2_healthy", "v2_sick")), 1, "Set CLASS_ORDER"),
+    "bad pattern": (given("PATIENT_PATTERN", "(["), 2, "is no regular expression"),
+    "pattern without group": (given("PATIENT_PATTERN", "'[0-9]+'"), 2, "has no group"),
+    "patient in two splits": (changed(two_splits), 1, "patient 9000030 is in"),
+    "same pixels": (changed(copied("test/1/7L.png")), 1, "(same pixels)"),
+    "near-copies": (changed(near_copies, "-p", "STORED_SIZE", "64", size=64), 1, "(near-copies)"),
+    "many unreadable": (changed(many_unreadable), 1, "repair or remove them"),
+    "few patients": (made(splits=("train",), count=1), 1, "too few"),
+    "kinds of picture": (kinds, 1, "Edges, Image"),
+    "kinds in splits": (lambda f: kinds(f / "train"), 1, "Edges, Image"),
+    "flat train": (changed(flat_train), 1, "train"),
+    "small": (given("STORED_SIZE", "16"), 2, "STORED_SIZE"),
+    "no val": (given("VAL_FRACTION", "0.0"), 2, "VAL_FRACTION"),
+    "not a number": (given("ROTATION", ".nan"), 2, "ROTATION"),
+    "misspelled": (given("SEDE", "1"), 2, "Did you mean SEED"),
+    "order of numbers": (given("CLASS_ORDER", "[0, 1]"), 2, "CLASS_ORDER"),
+    "no profile": (made("--profile", "nowhere"), 2, "No profile"),
+    "no notebook": (made("--only", "13"), 2, "is none of"),
+    "out is a file": (made("--out", __file__), 2, "give --out a folder"),
+}
 
 
-def stage_damaged(run):
-    (run.folder / "teacher/phase_1/stage.json").write_text("{")
-    run.open(THREE)
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """`run --only 01` on tmp_path/images into tmp_path/run: (status, what was printed)."""
+    monkeypatch.setattr(run_command, "execute", execute)
+    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path / "no-mount"))
+    monkeypatch.delenv("SERIES_STARTED", raising=False)
 
+    def call(*more):
+        argv = ["run", "--only", "01", "--profile", "tiny", "-p", "STORED_SIZE", "96"]
+        argv += ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+        argv += ["-p", "TEACHER_IMAGE_SIZE", "32", "-p", "STUDENT_IMAGE_SIZE", "32"]
+        status = cli.main([*argv, *more])
+        runs.unlock(tmp_path / "run")
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
 
-def data_missing(run):
-    data.load(run.folder / "data")
+    return call
 
 
-def data_damaged(run):
-    write_images(run.folder / "images")
-    table, found = folders.scan(run.folder / "images")
-    images, facts = folders.decode(run.folder / "images", table, 16)
-    about = {"source": run.folder, "found": found, "seed": 0, "augmentation": {}, "balance": "none"}
-    data.save(run.folder / "data", facts, images, **about)
-    np.save(run.folder / "data/images.npy", images[:-1])
-    data.load(run.folder / "data")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_words_that_fit(name, command, tmp_path):
+    case, status, said = REFUSED[name]
+    found, printed = command(*(case(tmp_path / "images") or []))
+    assert found == status, printed
+    assert said in printed and "Traceback" not in printed
+    assert len(printed) < 1500
+    assert not (tmp_path / "run/data/dataset.json").exists()
 
 
-def other_backbone(run):
-    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save_weights("x.weights.h5")
-    models.build_student("MobileNetV3Small", 32, 3, weights="x.weights.h5")
+def cut_off(folder):
+    first(folder).write_bytes(first(folder).read_bytes()[:200])
 
 
-def weights_that_are_none(run):
-    Path("x.weights.h5").write_bytes(b"no weights")
-    models.build_student("MobileNetV3Small", 32, 3, weights="x.weights.h5")
+def pixel_bomb(folder):
+    content = first(folder).read_bytes()
+    first(folder).write_bytes(content[:16] + (60000).to_bytes(4, "big") * 2 + content[24:])
+
+
+def broken_link(folder):
+    (folder / "train/0/1L.png").symlink_to(folder / "gone.png")
+
 
-
-def stage_05(run, **changes):
-    return standins.make_stage(run.folder / "other", notebook=FIVE, **SETTINGS | changes)
-
-
-def batch_too_large(run):
-    stage = stage_05(run, BATCH_SIZE=100, TEACHER_IMAGE_SIZE=standins.SIZE)
-    recipe = recipes.teacher(stage, make_dataset(), phase=1)
-    training.train(stage, "teacher", standins.make_model(), recipe)
-
-
-def train_on(run, **changes):
-    """Train the stand-in on other data than it was made for."""
-    dataset = make_dataset(**changes.pop("dataset", {}))
-    recipe = recipes.teacher(stage_05(run, **changes), dataset, phase=1)
-    training.train(stage_05(run), "teacher", standins.make_model(), recipe)
-
-
-def other_classes(run):
-    train_on(run, dataset={"class_names": ["0", "1", "2", "3"]})
-
-
-def other_size(run):
-    train_on(run, TEACHER_IMAGE_SIZE=32)
-
-
-def no_room(run):
-    usage = shutil.disk_usage("/")._replace(free=10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage)
-        train_on(run)
-
-
-def anothers_checkpoint(run):
-    path = stage_05(run).folder / "teacher.checkpoint.npz"
-    checkpoints.save(path, checkpoints.Progress("another"), {})
-    train_on(run)
-
-
-def teacher_missing(run):
-    run.teacher(1).unlink()
-    run.open(THREE)
-    models.load(run.teacher(1))
-
-
-def teacher_damaged(run):
-    run.teacher(2).write_bytes(run.teacher(2).read_bytes()[:1000])
-    run.open(FOUR)
-    models.load(run.teacher(2))
-
-
-def look(run, teacher=None, **changes):
-    dataset = make_dataset(**changes)
-    about = {"image_size": standins.SIZE, "count": 2, "batch_size": 8}
-    model = teacher or models.load(run.teacher(3))
-    distillation.teacher_views(stage_05(run), model, run.teacher(3), dataset, **about)
-
-
-def teacher_of_other_classes(run):
-    look(run, class_names=["0", "1", "2", "3", "4"])
-
-
-def teacher_of_another_size(run):
-    image = keras.Input((32, 32, 1))
-    other = keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(image))
-    look(run, teacher=keras.Model(image, other))
-
-
-def student_damaged(run):
-    path = run.folder / "student/student.keras"
-    path.write_bytes(b"")
-    run.open(SIX)
-    models.load(path, precision="float32")
-
-
-def no_test_views(run):
-    evaluation.test_time_parameters(0)
-
-
-def five_classes(run):
-    run.spoil(ONE, facts={"classes": 5})
-    run.open(TWO, POSITIVE_FROM=7)
-
-
-def opened(notebook, **changes):
-    """A case that is refused when the notebook opens its stage."""
-    return lambda run: run.open(notebook, **changes)
-
-
-P, S = parameters.ParameterError, runs.StageError
-CASES = [
-    # 01: the images
-    (no_folder, FileNotFoundError, r"DATA_DIR: no folder .*nowhere"),
-    (no_images, FileNotFoundError, r"no train/<class>/<image>.*empty; searched 1 folders"),
-    (two_datasets, ValueError, r"2 datasets under .*set DATA_DIR to one of: .*one.*two"),
-    (one_class, ValueError, r"one class or none \(\['0'\]\)"),
-    (empty_split, ValueError, r"no image in split val: fill the folder or remove it"),
-    (class_missing_in_train, ValueError, r"class 2 has no image in train"),
-    (unreadable_files, ValueError, r"2 of 37 images .*mend or remove them: .*9000001L.png \(empty"),
-    (leak, data.LeakError, r"2 leaks.*9000000 is in .*remove those files.*or set ALLOW_LEAKS"),
-    (few_patients, ValueError, r"2 patients are too few to carve"),
-    (opened(ONE, STORED_SIZE=16), P, r"STORED_SIZE = 16 must be at least 32"),
-    (opened(ONE, VAL_FRACTION=0.0), P, r"VAL_FRACTION = 0.0 must be above 0"),
-    (opened(ONE, ROTATION=float("nan")), P, r"ROTATION = nan is not a finite number"),
-    (opened(ONE, SEDE=1), P, r"SEDE is no parameter of any notebook. Did you mean SEED"),
-    (opened(ONE, RUN_DIR=""), P, r"RUN_DIR = '' must be the name of a folder"),
-    (folder_is_a_file, P, r"RUN_DIR: .*/file is a file, no folder"),
-    (full_disk, OSError, r"new/data/stage.json cannot be written .*Make room or choose another"),
-    # 02: the teacher, from nothing
-    (stage_missing, S, r"has no data: run notebook 01_data first"),
-    (data_missing, FileNotFoundError, r"no dataset.json in .*data: run notebook 01_data"),
-    (
-        data_damaged,
-        ValueError,
-        r"35 images, but 36 rows in the manifest; run notebook 01_data",
-    ),
-    (opened(TWO, TEACHER_IMAGE_SIZE=50), P, r"TEACHER_IMAGE_SIZE = 50 must be a multiple of 32"),
-    (
-        opened(TWO, TEACHER_IMAGE_SIZE=96),
-        P,
-        r"but notebook 01 stored 64 px: lower it, or run 01",
-    ),
-    (opened(TWO, TEACHER_BACKBONE="ResNet50"), P, r"must be one of 'EfficientNetV2B0', "),
-    (opened(TWO, TEACHER_WEIGHTS="gone.h5"), P, r"'gone.h5' must be .*a weights file that exists"),
-    (opened(TWO, PHASE_1_EPOCHS=-3), P, r"PHASE_1_EPOCHS = -3 must be at least 1"),
-    (opened(TWO, PHASE_1_LEARNING_RATE="1e-3"), P, r"is str, wanted float.*with a point.*1\.0e-3"),
-    (opened(TWO, BATCH_SIZE=0), P, r"BATCH_SIZE = 0 must be at least 1"),
-    (opened(TWO, JIT_COMPILE="yes"), P, r"JIT_COMPILE = 'yes' must be one of 'auto', True, False"),
-    (opened(TWO, MAX_HOURS=0.0), P, r"MAX_HOURS = 0.0 must be above 0"),
-    (batch_too_large, ValueError, r"24 training images do not fill one batch of 100: lower it"),
-    (
-        other_backbone,
-        ValueError,
-        r"x.weights.h5 does not fit the backbone.*choose the file's",
-    ),
-    (weights_that_are_none, ValueError, r"x.weights.h5 does not fit the backbone"),
-    # 03 and 04: the teacher, from where it was
-    (opened(THREE, UNFREEZE=0.0), P, r"UNFREEZE = 0.0 must be above 0"),
-    (
-        teacher_missing,
-        FileNotFoundError,
-        r"No model file .*phase_1/teacher.keras: run the note",
-    ),
-    (stage_damaged, S, r"phase_1/stage.json is damaged .*move it away and run its notebook"),
-    (
-        other_classes,
-        ValueError,
-        r"teacher tells 3 classes apart, .* 4 columns.*Run note",
-    ),
-    (other_size, ValueError, r"takes images of \(16, 16, 1\), the data are \(32, 32, 1\)"),
-    (no_room, OSError, r"No room to train: .*0.0 GB are free. Free some, or choose another RUN_D"),
-    (anothers_checkpoint, S, r"belongs to another run .*Move it away, or choose another RUN_DIR"),
-    (
-        stage_unfinished,
-        S,
-        r"03_teacher_phase_2 is unfinished.*3 of 20 .*Run 03.* again",
-    ),
-    (
-        stage_of_another,
-        S,
-        r"phase_2 was made from another 02.*run notebook 03_teacher",
-    ),
-    (
-        teacher_damaged,
-        ValueError,
-        r"phase_2/teacher.keras cannot be read .*make it again",
-    ),
-    # 06's question, before the teacher trains
-    (five_classes, P, r"POSITIVE_FROM = 7 \(notebook 06\), but the classes run from 0 to 4"),
-    # 05: the student
-    (opened(FIVE, VIEWS=0), P, r"VIEWS = 0 must be at least 1"),
-    (opened(FIVE, VIEWS=500), P, r"VIEWS = 500, but the student trains \d+ .*Set VIEWS to \d"),
-    (opened(FIVE, TEMPERATURE=0.0), P, r"TEMPERATURE = 0.0 must be above 0"),
-    (opened(FIVE, HARD_WEIGHT=30), P, r"HARD_WEIGHT = 30 must be at least 0, at most 1"),
-    (opened(FIVE, STUDENT_IMAGE_SIZE=96), P, r"STUDENT_IMAGE_SIZE = 96, but notebook 01 stored 64"),
-    (
-        teacher_of_other_classes,
-        ValueError,
-        r"teacher tells 3 classes apart, the data have 5.*02 to",
-    ),
-    (teacher_of_another_size, ValueError, r"takes images of 32 px, not of 16: give the teacher's"),
-    # 06: the evaluation
-    (opened(SIX, TEST_VIEWS=0), P, r"TEST_VIEWS = 0 must be at least 1"),
-    (opened(SIX, DECISION="median"), P, r"DECISION = 'median' must be one of 'argmax', 'qwk'"),
-    (opened(SIX, TARGET_ACCURACY=85), P, r"TARGET_ACCURACY = 85 must be at least 0, at most 1"),
-    (no_test_views, ValueError, r"TEST_VIEWS is 0: at least one view"),
-    (student_damaged, ValueError, r"student.keras cannot be read as a model .*make it again"),
-]
-
-
-def named(case):
-    if case.__name__ != "<lambda>":
-        return case.__name__
-    notebook, changes = (cell.cell_contents for cell in reversed(case.__closure__))
-    return f"{notebook[:2]} {' '.join(f'{n}={v}' for n, v in changes.items())}"
-
-
-@pytest.mark.parametrize(("case", "kind", "said"), CASES, ids=[named(c[0]) for c in CASES])
-def test_a_bad_input_is_refused_before_it_costs_anything(run, case, kind, said):
-    with pytest.raises(kind, match=f"(?s){said}") as caught:
-        case(run)
-    assert NEVER not in str(caught.value)
-    message = str(caught.value)
-    assert len(message.splitlines()) <= 12 and len(message) < 900
-    left = [p for p in run.folder.parent.rglob(".*") if p.name != ".cache"]
-    assert not left, "half-written"
-
-
-@pytest.mark.skipif(not Path("/proc/version").exists(), reason="no folder that nobody may write to")
-def test_a_run_folder_that_cannot_be_made_is_refused_for_root_too(run):
-    with pytest.raises(OSError, match=r"/proc/runs.*cannot be written.*choose another RUN_DIR"):
-        run.open(ONE, RUN_DIR="/proc/runs")
-
-
-def test_a_run_folder_that_is_read_only_is_refused_when_a_stage_is_taken_up(run, monkeypatch):
-    """Not after the first epoch, which is the first time that it would be written to again."""
-    run.spoil(FOUR, finished=False)
-
-    def read_only(*_, **__):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(os, "fsync", read_only)
-    with pytest.raises(OSError, match=r"phase_3/stage.json cannot be written \(Read-only file sys"):
-        run.open(FOUR)
-
-
-COMMANDS = [
-    (["run", "--profile", "nowhere"], 2, "No profile 'nowhere'"),
-    (["run", "--data", "nowhere"], 2, "There is no folder"),
-    (["run", "--only", "07"], 2, "no notebook begins with 07"),
-    (["run", "--only", "03"], 1, "run notebook 01_data first"),
-    (["run", "-p", "SEDE", "1"], 2, "Did you mean SEED"),
-    (["run", "-p", "PHASE_3_EPOCHS", "-1"], 2, "PHASE_3_EPOCHS = -1 must be at least 1"),
-    (["run", "-p", "VIEWS", "0"], 2, "VIEWS = 0 must be at least 1"),
-    (["run", "-p", "TEMPERATURE", ".nan"], 2, "TEMPERATURE = nan is not a finite number"),
-    (["run", "-p", "STUDENT_WEIGHTS", "gone.h5"], 2, "a weights file that exists"),
-    (["run", "-p", "STUDENT_LEARNING_RATE", "3e-4"], 2, "3.0e-4"),
-    (["run", "-p", "STUDENT_BACKBONE", "ResNet50"], 2, "must be one of"),
-    (["grade", "nowhere.png"], 2, "There is no file or folder nowhere.png"),
-    (["grade", "--model", "gone.keras", "knee.png"], 2, "No model file gone.keras"),
-    (["kaggle", "--user", "Jane Doe", "--data", "x/y"], 2, "--user 'Jane Doe'"),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "said"), COMMANDS, ids=[" ".join(c[0]) for c in COMMANDS]
-)
-def test_the_command_line_refuses_in_one_screen(run, capsys, arguments, status, said):
-    Path("knee.png").write_bytes(b"")
-    before = files(run.folder.parent)
-    if arguments[0] == "run":
-        arguments = [*arguments, "--out", str(run.folder / "new")]
-    assert command_line.main(arguments) == status
-    error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error and len(error.splitlines()) <= 12
-    assert files(run.folder.parent) == before
-
-
-def files(folder: Path) -> list[Path]:
-    """Every file below a folder."""
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+def gbk_name(folder):
+    path = first(folder)
+    path.rename(path.with_name(os.fsdecode("膝1L.png".encode("gbk"))))
+
+
+def gbk_class(folder):
+    for split in ALL:
+        (folder / split / "1").rename(folder / split / os.fsdecode("1级".encode("gbk")))
+
+
+def other_formats(folder):
+    rng = np.random.default_rng(1)
+    for number, ending in enumerate(("bmp", "tif", "tiff", "webp", "JPG")):
+        for cls in "01":
+            save(folder / f"train/{cls}/{number}{cls}L.{ending}", picture(rng))
+
+
+def twelve_bits(folder):
+    rng = np.random.default_rng(2)
+    for number, top in enumerate((4095, 4096)):
+        deep = rng.integers(1000, 3000, (32, 32)).astype("uint16")
+        deep[0, :2] = 4095, top
+        save(folder / f"train/0/{number}L.png", deep)
+
+
+def one_level_in_splits(folder):
+    for split in ALL:
+        (folder / split).rename(folder / "moved")
+        (folder / split).mkdir()
+        (folder / "moved").rename(folder / split / "knees")
+
+
+def folder_per_patient(folder):
+    for path in list(folder.rglob("*.png")):
+        path.rename(path.with_suffix(".old"))
+        path.with_suffix("").mkdir()
+        path.with_suffix(".old").rename(path.with_suffix("") / "left.png")
+
+
+def macos(folder):
+    write(folder / "__MACOSX")
+    (folder / "train/0/._9000001L.png").write_bytes(b"Mac OS X")
+
+
+def no_splits(folder):
+    for cls in list((folder / "train").iterdir()):
+        cls.rename(folder / cls.name)
+    (folder / "train").rmdir()
+
+
+def neighbours(folder):
+    (folder / "train/0/readme.csv").write_text("a,b")
+    (folder / "train/0/scan.dcm").write_bytes(b"DICM")
+
+
+def photographs(folder):
+    write(folder, classes=("bud", "green", "turning", "ripe", "rotten"), name="{}.jpg")
+    rng = np.random.default_rng(4)
+    for path in folder.rglob("*.jpg"):
+        Image.fromarray(rng.integers(0, 255, (20, 37, 3), "uint8")).resize((300, 162)).save(path)
+    order = "[bud, green, turning, ripe, rotten]"
+    return ["-p", "SUBJECT", "photographs of tomatoes", "-p", "CLASS_ORDER", order]
+
+
+LEAK = "shared {'9000030': ['train', 'val', 'test']}"
+STRIP = np.arange(2700).reshape(3, 900)  # some versions of Pillow cannot resize it
+READ = {
+    "words": (given("CLASS_ORDER", "[No_DR, Mild, Moderate]", classes=WORDS), str([*WORDS[::-1]])),
+    "unordered": (given("ORDERED", "false", classes=WORDS), "ordered False"),
+    "two and ten": (made(classes=("0", "2", "10")), "['0', '2', '10']"),
+    "numbers and words": (made(classes=("2Bad", "0Good", "1Fair")), "['0Good', '1Fair', '2Bad']"),
+    "words and numbers": (made(classes=("KL-3", "KL-1")), "['KL-1', 'KL-3']"),
+    "nameless": (made(name="scan-{}.png"), "shared None"),
+    "half nameless": (changed(copied("train/0/scan.png")), "1 of 31 file names"),
+    "pattern": (given("PATIENT_PATTERN", "scan-([0-9]+)", name="scan-{}.png"), "shared {}"),
+    "allowed": (changed(two_splits, "-p", "ALLOW_LEAKS", "true"), LEAK),
+    "cut off": (changed(cut_off), "1 left out"),
+    "strip": (changed(added("train/0/1L.png", STRIP)), "left out"),
+    "pixel bomb": (changed(pixel_bomb), "1 left out"),
+    "broken link": (changed(broken_link), "1 left out"),
+    "constant": (changed(added("train/0/1L.png", np.full((32, 32), 7))), "1 left out"),
+    "GBK name": (changed(gbk_name), "30 images, 0 left out"),
+    "GBK class": (changed(gbk_class), "30 images, 0 left out"),
+    "HTML class": (made(classes=("0", "1<img src=x onerror=alert()>")), "30 images"),
+    "other formats": (changed(other_formats), "40 images"),
+    "12 bits": (changed(twelve_bits), "'bits': 12"),
+    "training, testing": (made(splits=("training", "testing")), "20 images"),
+    "deeper": (lambda f: write(f / "archive/knees") and [], "30 images"),
+    "one level in splits": (changed(one_level_in_splits), "30 images"),
+    "folder per patient": (changed(folder_per_patient), "30 images"),
+    "macOS": (changed(macos), "30 images"),
+    "flat test": (changed(added("test/1.png", np.eye(9)), splits=ALL[:2], count=9), "test is left"),
+    "no splits": (changed(no_splits, splits=("train",), count=12), "24 images"),
+    "neighbours": (changed(neighbours), "1 .csv"),
+    "photographs": (photographs, "'colour': True"),
+}
+assert len(REFUSED) + len(READ) >= 35
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_and_said(name, command, tmp_path):
+    case, holds = READ[name]
+    status, printed = command(*(case(tmp_path / "images") or []))
+    assert status == 0, printed
+    found = json.loads((tmp_path / "run/data/audit.json").read_text())
+    dataset = data.load(tmp_path / "run/data")
+    said = f"{found['images']} images, {len(found['left_out'])} left out, {dataset.class_names}"
+    said += f" ordered {dataset.ordered} shared {found['shared_patients']} {found['notes']}"
+    assert holds in f"{said} {dataset.origin}"
+    assert all(len(dataset.rows(split)) for split in data.SPLITS)
+    if name == "photographs":
+        assert not dataset.knees and dataset.names_shown[0] == "bud"
+        assert dataset.origin["aspect"] == pytest.approx([300 / 162] * 2, abs=1e-3)
+
+
+def test_a_finished_01_stays_and_a_run_inside_the_data_is_no_data(command, tmp_path):
+    write(tmp_path / "images")
+    inside, stamps = tmp_path / "images/run", []
+    for attempt in range(3):
+        status, printed = command("--out", str(inside))
+        assert status == 0, printed
+        assert ("kept" in printed) == (attempt > 0)
+        stamps.append((inside / "data/images.npy").stat().st_mtime_ns)
+        if attempt == 1:  # the notebook alone, run again
+            shutil.rmtree(inside / "notebooks")
+    assert len(set(stamps)) == 1 and not list(inside.glob("data.*"))
+
+
+def test_a_replaced_image_is_seen_through_links_and_said(command, tmp_path):
+    write(tmp_path / "elsewhere")
+    (tmp_path / "images").mkdir()
+    for split in ALL:
+        (tmp_path / "images" / split).symlink_to(tmp_path / "elsewhere" / split)
+    assert command()[0] == 0
+    path = first(tmp_path / "elsewhere")
+    save(path, picture(np.random.default_rng(9)))
+    first(tmp_path / "elsewhere", "val/*/*").rename(path.with_name("1L.png"))
+    status, printed = command()
+    assert status == 0 and f"1 image changed: train/0/{path.name}" in printed
+    assert "1 image gone: val/0/" in printed and "1 image new: train/0/1L.png" in printed
+    assert len(list((tmp_path / "run").glob("data*"))) == 2  # the old one is kept
+
+
+@pytest.mark.parametrize("name", list(REFUSED)[:3])
+def test_as_a_process(name, tmp_path):
+    case, status, said = REFUSED[name]
+    argv = [sys.executable, "-m", "utils", "run", "--only", "01", "--out", str(tmp_path / "run")]
+    argv += ["--data", str(tmp_path / "images"), *(case(tmp_path / "images") or [])]
+    done = subprocess.run(argv, cwd=settings.ROOT, capture_output=True, text=True)
+    assert done.returncode == status
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def grading(monkeypatch, capsys):
+    """`grade` with a model that grades everything 0: (status, rows)."""
+    command = pytest.importorskip("utils.cli.grade")
+    about = {"class_names": ["0", "1"], "image_size": 32, "temperature": 1.0, "refer_below": 0.0}
+    about |= {"subject": "discs", "colour": True, "aspect": [0.01, 400.0], "bits": 12}
+    model = lambda x: np.tile([0.9, 0.1], (len(x), 1))  # noqa: E731
+    monkeypatch.setattr(command, "load", lambda path: (model, about | {"sides": [32]}))
+
+    def call(folder):
+        status = cli.main(["grade", str(folder), "--model", "m.keras", "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_each_file_of_a_folder_gets_a_row_from_grade(grading, tmp_path):
+    for case in (cut_off, pixel_bomb, gbk_name, neighbours, broken_link):
+        case(write(tmp_path / case.__name__))
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    status, rows = grading(tmp_path)
+    assert status == 1 and len(rows) == len(files)
+    assert sum(row["grade"] is None for row in rows) == 4  # cut off, bomb, CSV and DICOM
+    assert all(row["note"] for row in rows if row["grade"] is None)
+
+
+@pytest.mark.slow
+def test_no_damaged_file_ends_decode_or_grade(grading, tmp_path):
+    rng, formats = np.random.default_rng(0), ("png", "jpg", "bmp", "tif", "webp")
+    deep, colour = picture(rng).astype("uint16") * 200, rng.integers(0, 255, (9, 9, 3), "uint8")
+    whole = []
+    for ending in formats:
+        for pixels in (picture(rng), colour, *[deep] * (ending in ("png", "tif"))):
+            save(tmp_path / f"whole.{ending}", pixels)
+            whole.append((ending, (tmp_path / f"whole.{ending}").read_bytes()))
+    paths = []
+    for number in range(3000):
+        ending, content = whole[number % len(whole)]
+        content = bytearray(content[: rng.integers(len(content))] if number % 3 == 0 else content)
+        for _ in range(rng.integers(1, 30) if content else 0):
+            content[rng.integers(len(content))] = rng.integers(256)
+        ending = formats[number % 5] if number % 7 == 0 else ending
+        paths.append(tmp_path / f"damaged/{number % 10}/{number}.{ending}")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_bytes(bytes(content))
+    table = pd.DataFrame({"image": [path.name for path in paths], "path": paths})
+    pixels, facts, left_out = images.decode(table, 16, unusable=1)
+    assert len(facts) + len(left_out) == len(pixels) == 3000 and 100 < len(facts) < 2900
+    assert not np.delete(pixels, facts.index, axis=0).any()
+    status, rows = grading(tmp_path / "damaged/3")
+    assert status == 1 and len(rows) == 300
+    assert 10 < sum(row["grade"] is None for row in rows) < 290

@@ -1,37 +1,34 @@
-"""Finding, reading, splitting and auditing a dataset: what is refused, left out or said."""
+"""Finding, reading, splitting, auditing and storing a dataset: what goes in and what comes out."""
 
-import shutil
+import io
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from utils import data, folders
+from tests.test_bad_inputs import picture, run_cells, save, write
+from utils import audit, data, folders, images, phantoms, runs, settings
+
+NEGATIVES = run_cells(["negatives"], {"audit": audit, "np": np})["negatives"]
 
 
-def picture(rng, size=40):
-    """A bright disc on dark ground with noise: all are of one kind, no two are equal."""
-    at = np.linspace(-1, 1, size)
-    disc = 120.0 * (at[:, None] ** 2 + at**2 < 0.5)
-    return (60 + disc + rng.uniform(0, 40, (size, size))).astype("uint8")
+def read(folder, size=32):
+    """What notebook 01 does up to the split: (table, found, pixels, facts, notes)."""
+    table, found = folders.scan(folder)
+    pixels, facts, _ = images.decode(table, size)
+    return table, found, pixels, *data.complete_splits(facts, 0.2, 0.2, 0)
 
 
-def write(folder, splits=("train", "val", "test"), classes="01234", patients=6, size=40, seed=0):
-    """`split/class/<patient><L|R>.png`, both knees of a patient in one class."""
-    rng, patient = np.random.default_rng(seed), 9_000_000
-    for split in splits:
-        for name in classes:
-            (folder / split / name).mkdir(parents=True)
-            for _ in range(patients):
-                patient += 1
-                for side in "LR":
-                    image = Image.fromarray(picture(rng, size))
-                    image.save(folder / split / name / f"{patient}{side}.png")
-    return folder
+def store(folder, target):
+    table, found, pixels, facts, _ = read(folder)
+    decided = {"subject": settings.KNEES, "ordered": True, "seed": 7, "balance": "none"}
+    decided |= {"augmentation": {"flip": True}, "class_names": found["class_names"]}
+    data.save(target, facts, pixels, table, folder, **decided, names_shown=["KL 0", "KL 1"])
+    return data.load(target)
 
 
 @pytest.fixture
@@ -39,348 +36,248 @@ def knees(tmp_path):
     return write(tmp_path / "knees")
 
 
-def images_of(folder, split="train"):
-    return sorted((folder / split).glob("*/*.png"))
-
-
-def audit(folder, size=32, val=0.2, test=0.2, seed=0):
-    """What notebook 01 does, up to the report: (facts, images, found, report)."""
-    table, found = folders.scan(folder)
-    images, facts = folders.decode(folder, table, size)
-    facts, left_out = data.leave_out(facts)
-    facts, notes = data.complete_splits(facts, val, test, seed)
-    return facts, images, found, data.audit(facts, images, found, left_out, notes)
-
-
-def store(folder, target, **changes):
-    facts, images, found, _ = audit(folder)
-    settings = {"seed": 7, "augmentation": {"flip": True}, "balance": "none"} | changes
-    data.save(target, facts, images, source=folder, found=found, **settings)
-    return data.load(target)
-
-
-# ---------------------------------------------------------------- find
-
-
-def test_finds_the_dataset_below_a_folder_and_none_without_kaggle(knees, tmp_path, monkeypatch):
-    assert folders.find_dataset(tmp_path) == folders.find_dataset(knees) == knees
-    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path / "nowhere"))
-    assert folders.find_dataset("") is None
-
-
-@pytest.mark.parametrize(
-    "layout", ["some-slug", "datasets/owner/some-slug", "some-slug/inner/more"]
-)
-def test_finds_both_kaggle_layouts(layout, tmp_path, monkeypatch):
-    folder = write(tmp_path / layout, patients=1)
-    (tmp_path / "weights").mkdir()
+@pytest.mark.parametrize("layout", ["slug", "datasets/owner/slug", "slug/inner/more"])
+def test_finds_what_is_attached_on_kaggle(layout, tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path))
-    assert folders.find_dataset("") == folder
+    assert folders.find_dataset() is None
+    folder = write(tmp_path / layout, count=1)
+    phantoms.draw(tmp_path / "output/runs/tiny/phantoms/drawn", 20, 0, 32)
+    (tmp_path / "output/runs/tiny/data").mkdir()
+    assert folders.find_dataset() == folder
+    assert folders.find_dataset(tmp_path / layout.split("/")[0]) == folder
 
 
-def test_phantoms_in_an_attached_output_are_no_find(knees, tmp_path, monkeypatch):
-    (knees / "SYNTHETIC.json").write_text("{}")
-    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path))
-    assert folders.find_dataset("") is None
-    assert folders.find_dataset(knees) == knees
-    with pytest.raises(FileNotFoundError, match="searched 2 folders"):
-        folders.find_dataset(tmp_path)  # the mount itself, named: someone wants real images
+def test_neighbours_that_cannot_be_read_are_passed_over(knees, monkeypatch):
+    (knees / "closed").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "closed":
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert folders.find_dataset(knees.parent) == knees
+    assert len(folders.scan(knees)[0]) == 30
 
 
-def test_nothing_found_lists_what_was_searched(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"searched 3 folders: .*a/b"):
-        folders.find_dataset(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no folder .*missing"):
-        folders.find_dataset(tmp_path / "missing")
+def test_a_folder_that_names_no_split_is_never_pooled(knees):
+    write(knees, splits=("auto_test",))
+    table, found, _, facts, notes = read(knees)
+    assert len(table) == 30 and "auto_test" in found["notes"][0]
+    assert notes == [] and list(facts["image"]) == list(table["image"])  # the splits stay
 
 
-def test_two_datasets_are_refused_by_name(tmp_path):
-    for name in ("size224", "size299"):
-        write(tmp_path / name, patients=1)
-    with pytest.raises(ValueError, match=r"2 datasets .*size224, .*size299"):
-        folders.find_dataset(tmp_path)
+PATIENTS = {
+    "9001695L": "9001695",
+    "9000012_L": "9000012",
+    "P1000_left_V00": "P1000",
+    "123-R": "123",
+}
+UNKNOWN = dict.fromkeys(["0001", "IMG_20240101_L2", "12Lateral", "knee"])
 
 
-# ---------------------------------------------------------------- scan
-
-
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "Valid"])
-def test_split_names_are_normalised(name, tmp_path):
-    table, _ = folders.scan(write(tmp_path, splits=("train", name, "test"), patients=1))
-    assert set(table["split"]) == {"train", "val", "test"}
-
-
-def test_kl_grades_and_other_class_names(tmp_path):
-    _, found = folders.scan(write(tmp_path / "a", patients=1))
-    assert found["names_shown"] == ["KL 0", "KL 1", "KL 2", "KL 3", "KL 4"]
-    table, found = folders.scan(write(tmp_path / "b", classes=["10", "9", "none"], patients=1))
-    assert found["class_names"] == found["names_shown"] == ["9", "10", "none"]
-    assert set(table["grade"][table["class"] == "10"]) == {1}
-
-
-def test_auto_test_is_never_pooled(knees):
-    shutil.copytree(knees / "test", knees / "auto_test")
-    (knees / "notes").mkdir()
-    table, found = folders.scan(knees)
-    assert len(table) == 3 * 60 and not table["image"].str.contains("auto_test").any()
-    assert "auto_test is left out" in found["notes"][0] and "notes" in found["notes"][1]
-    data.check_leaks(audit(knees)[3])
-
-
-def test_class_that_train_lacks_is_an_error_and_elsewhere_a_note(knees):
-    shutil.rmtree(knees / "val" / "4")
-    assert "val has no image of class 4" in audit(knees)[3]["notes"]
-    for path in (knees / "train" / "3").iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match="class 3 has no image in train"):
-        folders.scan(knees)
-
-
-def test_empty_split_one_class_and_doubled_split_are_errors(knees, tmp_path):
-    (knees / "validation").mkdir()
-    with pytest.raises(ValueError, match="val and validation both name val"):
-        folders.scan(knees)
-    shutil.rmtree(knees / "val")
-    with pytest.raises(ValueError, match="no image in split val"):
-        folders.scan(knees)
-    with pytest.raises(ValueError, match="one class"):
-        folders.scan(write(tmp_path / "one", classes="0", patients=1))
-
-
-def test_only_images_count_and_patients_come_from_the_names(tmp_path):
-    write(tmp_path, patients=1)
-    (tmp_path / "train" / "0" / "Thumbs.db").write_text("x")
-    shutil.copy(tmp_path / "train/0/9000001L.png", tmp_path / "train/0/scan_1.JPG")
+@pytest.mark.parametrize(("name", "patient"), (PATIENTS | UNKNOWN | {"17 Right": "17"}).items())
+def test_patients_are_read_from_names_or_not_at_all(name, patient, tmp_path):
+    save(write(tmp_path, count=2) / f"train/0/{name}.png", picture(np.random.default_rng(0)))
     table, found = folders.scan(tmp_path)
-    assert len(table) == 31 and found["patient_rule"] == 30 / 31
-    assert table["patient"][table["image"] == "train/0/9000001R.png"].item() == "9000001"
-    assert "1 of 31 file names" in found["notes"][0]
-
-
-def test_equal_names_without_a_patient_are_no_leak(tmp_path):
-    rng = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.fromarray(picture(rng)).save(tmp_path / split / name / "1.png")
-    assert data.check_leaks(audit(tmp_path)[3]) == []
-
-
-# ---------------------------------------------------------------- decode
+    read_as = table.set_index("image")["patient"][f"train/0/{name}.png"]
+    assert read_as == (patient or f"train/0/{name}")
+    assert (found["patient_rule"] == 1) == bool(patient)
 
 
 def test_every_kind_of_file_becomes_the_same_gray_picture(tmp_path):
-    gray = picture(np.random.default_rng(0))
-    Image.fromarray(gray).save(tmp_path / "gray.png")
-    Image.fromarray(np.repeat(gray[..., None], 3, 2)).save(tmp_path / "rgb.png")
-    Image.fromarray(gray).convert("LA").save(tmp_path / "alpha.png")
-    Image.fromarray(gray).convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(gray).save(tmp_path / "gray.jpeg", quality=100)
-    deep = gray.astype("uint16")
-    deep[0, 0] = gray[0, 0] = 255
-    for bits in (10, 12, 16):
-        scaled = np.round(deep * ((2**bits - 1) / 255)).astype("uint16")
-        Image.fromarray(scaled).save(tmp_path / f"{bits}.png")
-    for path in sorted(tmp_path.iterdir()):
-        read, bits = folders.read_gray(path)
-        assert read.dtype == np.uint8 and read.shape == (40, 40)
-        assert bits == (int(path.stem) if path.stem.isdigit() else 8)
-        difference = np.abs(read.astype(int) - gray)
-        difference[0, 0] = 0
-        assert difference.max() <= (2 if path.suffix == ".jpeg" else 0), path.name
+    gray = np.arange(0, 250, 2, dtype="uint8")[:, None].repeat(125, 1)
+    image, place = Image.fromarray(gray), tmp_path
+    for ending in ("png", "bmp", "tif", "tiff"):
+        image.save(place / f"a.{ending}")
+    image.save(place / "lossless.webp", lossless=True)
+    image.save(place / "fine.jpg", quality=100)
+    for mode in ("RGB", "RGBA", "LA", "P", "CMYK"):
+        image.convert(mode).save(place / f"{mode}.tif" if mode == "CMYK" else place / f"{mode}.png")
+    Image.fromarray(gray.astype("uint16") * 257).save(place / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    image.rotate(90, expand=True).save(place / "turned.png", exif=exif)
+    for path in sorted(place.iterdir()):
+        difference = np.abs(images.read_image(path).astype(int) - gray)
+        assert difference.max() <= 3, path.name
+
+
+def test_one_bit_depth_for_a_data_set(tmp_path):
+    """4,095 or 4,096 in one pixel of an image changes no other pixel of it, nor other images."""
+    deep = np.full((40, 40), 2000, "uint16")
+    deep[0] = np.linspace(0, 4095, 40)
+    paths = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "dark.png"]
+    for path, top in zip(paths, (4095, 4096), strict=False):
+        deep[0, -1] = top
+        save(path, deep)
+    save(paths[2], deep // 8)
+    pixels, facts, _ = images.decode(pd.DataFrame({"image": "abc", "path": paths}), 40)
+    assert pixels[:2, 20, 20, 0].tolist() == [125, 125]
+    assert pixels[2, 20, 20, 0] == 16  # an eighth, also here
+    assert images.read_image(paths[2], facts["bits"].max())[20, 20] == 16
 
 
 def test_aspect_is_kept_with_black_bars():
-    out = folders.square(np.full((20, 40), 200, "uint8"), 32)
-    assert out.shape == (32, 32)
-    assert (out[:8] == 0).all() and (out[-8:] == 0).all() and (out[8:24] == 200).all()
+    wide = images.square(np.full((20, 40), 200, "uint8"), 40)
+    assert wide[15].min() == 200 and wide[:10].max() == 0 and wide[30:].max() == 0
 
 
-def test_bad_files_are_left_out_by_name(tmp_path):
-    write(tmp_path, patients=20)
-    whole = images_of(tmp_path)[:4]
-    whole[0].write_bytes(whole[0].read_bytes()[:300])
-    whole[1].write_bytes(b"")
-    whole[2].write_text("not a picture")
-    Image.new("L", (40, 40), 90).save(whole[3])
-    facts, _, _, report = audit(tmp_path)
-    names = [path.relative_to(tmp_path).as_posix() for path in whole]
-    reasons = ["truncated", "empty", "not an image", "constant"]
-    assert report["left_out"] == dict(zip(names, reasons, strict=True))
-    assert len(facts) == report["images"] == 596 and not set(names) & set(facts["image"])
+def test_more_images_than_memory_holds_are_refused():
+    with pytest.raises(MemoryError, match="lower STORED_SIZE"):
+        images.decode(pd.DataFrame({"path": ["a.png"] * 10_000_000}), 2048)
 
 
-def test_more_than_one_percent_of_bad_files_is_an_error(knees):
-    for path in images_of(knees)[:2]:
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 180 images \(1.1%.*9000001L.png \(empty\)"):
-        audit(knees)
+def test_missing_splits_are_carved_by_patient(tmp_path):
+    write(tmp_path, splits=("train",), classes="012", count=20)
+    for path in list(tmp_path.rglob("*L.png")):
+        save(path.with_stem(path.stem[:-1] + "R"), picture(np.random.default_rng()))
+    facts, notes = read(tmp_path)[3:]
+    assert facts.groupby("patient")["split"].nunique().max() == 1
+    shares = facts["split"].value_counts(normalize=True)
+    assert shares["test"] == pytest.approx(0.2, abs=0.06) and set(shares.index) == set(data.SPLITS)
+    assert pd.crosstab(facts["split"], facts["class"]).min().min() > 0
+    assert len(notes) == 2 and list(facts["split"].unique()) == list(data.SPLITS)
 
 
-def test_stored_rows_match_the_manifest_after_files_were_left_out(tmp_path):
-    folder = write(tmp_path / "a", patients=8)
-    images_of(folder)[3].write_bytes(b"")
-    dataset = store(folder, tmp_path / "data")
-    assert len(dataset.images) == len(dataset.manifest) == 239
-    for row in (0, 3, 238):
-        gray, _ = folders.read_gray(folder / dataset.manifest["image"][row])
-        assert (dataset.images[row, :, :, 0] == folders.square(gray, 32)).all()
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rare", [1, 2])
+def test_the_last_patient_of_a_class_stays_in_train(rare, seed, tmp_path):
+    write(tmp_path, splits=("train",), classes="01", count=15)
+    write(tmp_path, splits=("train",), classes="2", count=rare, name="7{}L.png")
+    table, found = folders.scan(tmp_path)
+    pixels, facts, _ = images.decode(table, 16)
+    facts, _ = data.complete_splits(facts, 0.3, 0.3, seed)
+    assert set(facts["class"][facts["split"] == "train"]) == {"0", "1", "2"}
+    notes = audit.audit(facts, pixels, found)["notes"]
+    assert "has no image of class 2" in " ".join(notes)
 
 
-# ---------------------------------------------------------------- splits
+def test_equal_pictures_of_two_patients_are_carved_together(tmp_path):
+    write(tmp_path, splits=("train",), count=20)
+    for number, path in enumerate(sorted(tmp_path.rglob("*.png"))[:10]):
+        path.with_name(f"{number}L.png").write_bytes(path.read_bytes())
+    assert read(tmp_path)[3].groupby("pixels")["split"].nunique().max() == 1
 
 
-def test_more_images_than_memory_holds_are_refused_before_any_is_read(tmp_path, monkeypatch):
-    free = SimpleNamespace(available=3 * 100 * 64**2 - 1)
-    monkeypatch.setattr(folders.psutil, "virtual_memory", lambda: free)
-    table = pd.DataFrame({"image": ["gone.png"] * 100})
-    with pytest.raises(MemoryError, match=r"100 images at 64 px .* lower STORED_SIZE"):
-        folders.decode(tmp_path, table, 64)
-    assert len(folders.decode(tmp_path, table[:99], 64)[0]) == 99
+def crop(pixels, share=0.03):
+    size, cut = len(pixels), max(1, round(len(pixels) * share))
+    image = Image.fromarray(pixels[cut:, : size - cut])
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def test_missing_splits_are_carved_by_patient_and_said(tmp_path):
-    table, _ = folders.scan(write(tmp_path, splits=("train",), patients=15))
-    _, facts = folders.decode(tmp_path, table, 32)
-    split, notes = data.complete_splits(facts, 0.2, 0.2, 0)
-    assert split.groupby("patient")["split"].nunique().max() == 1
-    shares = split["split"].value_counts(normalize=True)
-    assert shares["val"] == pytest.approx(0.2, abs=0.03)
-    assert shares["test"] == pytest.approx(0.2, abs=0.03)
-    counts = pd.crosstab(split["split"], split["class"])
-    assert (counts.max(axis=1) - counts.min(axis=1) <= 4).all()
-    assert [note.split()[0] for note in notes] == ["test", "val"]
-    assert data.complete_splits(facts, 0.2, 0.2, 0)[0].equals(split)
-    assert not data.complete_splits(facts, 0.2, 0.2, 1)[0].equals(split)
-    with pytest.raises(ValueError, match=r"TEST_FRACTION is 0\.9"):
-        data.complete_splits(facts, 0.2, 0.9, 0)
+def jpeg(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=60)
+    return np.asarray(Image.open(file))
 
 
-def test_a_val_that_is_there_stays_as_it_is(tmp_path):
-    facts = audit(write(tmp_path, splits=("train", "val"), patients=10))[0]
-    assert facts["image"].str.startswith("val/").equals(facts["split"] == "val")
-    assert facts["image"][facts["split"] == "test"].str.startswith("train/").all()
+COPIES = {
+    "crop 3 %": crop,
+    "JPEG 60": jpeg,
+    "darker": lambda pixels: pixels // 10 * 8 + 20,
+    "mirrored": lambda pixels: pixels[:, ::-1],
+    "all of it": lambda pixels: jpeg(crop(pixels[:, ::-1] // 10 * 8 + 20)),
+}
 
 
-def test_folders_without_splits_count_as_train(tmp_path):
-    write(tmp_path, splits=("all",), classes=["cat", "dog"], patients=10)
-    (tmp_path / "all" / "papers").mkdir()
-    assert folders.find_dataset(tmp_path) == folders.find_dataset(tmp_path / "all")
-    facts, _, _, report = audit(tmp_path / "all")
-    assert set(facts["split"]) == {"train", "val", "test"}
-    assert report["notes"][0].startswith("no split folders")
+@pytest.fixture(scope="module")
+def crowd():
+    """300 synthetic X-rays and a table of them: 240 in train, the others in val."""
+    facts = pd.DataFrame({"image": [f"{number}.png" for number in range(300)]})
+    facts = facts.assign(pixels=facts["image"], patient=facts["image"], width=96, height=96)
+    return phantoms.knees(300, 3, 96)[0], facts.assign(split=["train"] * 240 + ["val"] * 60)
 
 
-def test_copies_under_two_patients_are_carved_together(tmp_path):
-    folder = write(tmp_path, splits=("train",), patients=10)
-    files = images_of(folder)
-    for k in range(0, 40, 4):  # the left knee of every second patient becomes the next one's
-        shutil.copy(files[k], files[k + 2])
-    data.check_leaks(audit(folder)[3])
+def test_strangers_and_small_or_enlarged_images_are_no_near_copies(crowd):
+    pixels, facts = crowd
+    assert audit.near_copies(pixels, facts) == []
+    assert audit.near_copies(pixels, facts.assign(width=40, height=40)) is None
+    assert audit.near_copies(pixels[:, ::3, ::3], facts) is None
 
 
-# ---------------------------------------------------------------- audit
+@pytest.mark.parametrize("kind", COPIES)
+def test_near_copies_across_splits_are_found(kind, crowd):
+    pixels, facts = crowd[0].copy(), crowd[1]
+    for number in range(20):
+        pixels[240 + number, ..., 0] = COPIES[kind](pixels[10 * number, ..., 0])
+    pairs = {(pair["image"], pair["copy"]) for pair in audit.near_copies(pixels, facts)}
+    wanted = {(f"{10 * number}.png", f"{240 + number}.png") for number in range(20)}
+    assert len(wanted & pairs) >= 19 and len(pairs - wanted) <= 1
 
 
-def test_one_patient_in_two_splits_is_a_leak(knees):
-    left = images_of(knees)[0]
-    shutil.move(left, knees / "val" / "0" / left.name)
-    report = audit(knees)[3]
-    assert report["shared_patients"] == {"9000001": ["train", "val"]}
-    with pytest.raises(data.LeakError, match="patient 9000001 is in train and val"):
-        data.check_leaks(report)
-    assert len(data.check_leaks(report, allow=True)) == 1
-    assert data.summary(report).loc["patients in two splits", "verdict"] == "leak"
+def test_equal_pixels_are_reported_by_place(knees):
+    train = sorted((knees / "train/0").iterdir())
+    Image.open(train[0]).save(knees / "train/0/1L.png")
+    Image.open(train[1]).save(knees / "test/0/2L.bmp")
+    _, found, pixels, facts, _ = read(knees)
+    report = audit.audit(facts, pixels, found)
+    assert report["identical_within_split"] == [["train/0/1L.png", f"train/0/{train[0].name}"]]
+    assert report["identical_across_splits"] == [[f"train/0/{train[1].name}", "test/0/2L.bmp"]]
+    with pytest.raises(ValueError, match="ALLOW_LEAKS"):
+        audit.check_leaks(report)
+    assert len(audit.check_leaks(report, allow=True)) == 1
 
 
-def test_one_image_copied_across_splits_is_a_leak_whatever_its_format(knees):
-    with Image.open(images_of(knees)[0]) as image:
-        image.convert("RGB").save(knees / "test" / "1" / "7654321R.png")
-    report = audit(knees)[3]
-    assert report["shared_patients"] == {}
-    with pytest.raises(data.LeakError, match=r"train/0/9000001L.png = test/1/7654321R.png"):
-        data.check_leaks(report)
+def test_negatives_are_named_and_unlike_images_not_judged(knees):
+    paths = sorted(knees.rglob("*.png"))[:4]
+    for path in paths:
+        save(path, 255 - np.asarray(Image.open(path)))
+    pixels, facts = read(knees)[2:4]
+    names = [path.relative_to(knees).as_posix() for path in paths]
+    assert sorted(NEGATIVES(pixels, facts)) == names
+    noise = np.random.default_rng(0).integers(0, 255, pixels.shape, "uint8")
+    assert NEGATIVES(noise, facts) is None
 
 
-def test_counts_sizes_and_copies_are_reported(knees):
-    files = images_of(knees)
-    shutil.copy(files[0], files[-1])
-    report = audit(knees, size=64)[3]
-    assert report["counts"]["train"] == dict.fromkeys("01234", 12)
-    assert report["imbalance"] == 1.0
-    assert report["patients"] == {"train": 30, "val": 30, "test": 30}
-    assert report["images_per_patient"] == {"2": 90}
-    assert report["smaller_than_stored"] == 180 and report["sizes"] == {"40x40": 180}
-    assert len(report["identical_within_split"]) == 1 and not report["identical_across_splits"]
-
-
-@pytest.mark.parametrize("share", [0.02, 0.4])
-def test_inverted_images_are_named(knees, share):
-    rng = np.random.default_rng(1)
-    files = [path for split in ("train", "val") for path in images_of(knees, split)]
-    turned = [files[i] for i in rng.permutation(len(files))[: int(share * len(files))]]
-    for path in turned:
-        with Image.open(path) as image:
-            negative = Image.fromarray(255 - np.asarray(image))
-        negative.save(path)
-    expected = sorted(path.relative_to(knees).as_posix() for path in turned)
-    assert sorted(audit(knees)[3]["inverted"]) == expected
-
-
-def test_inversion_is_not_judged_where_images_are_unlike():
-    noise = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 1), "uint8")
-    assert data.inverted(noise, np.arange(60)) is None
-
-
-# ---------------------------------------------------------------- store and load
+def test_planted_faults_are_found(tmp_path):
+    planted = phantoms.plant_faults(tmp_path, 0)
+    table, found = folders.scan(tmp_path)
+    pixels, facts, left_out = images.decode(table, 96)
+    report = audit.audit(facts, pixels, found)
+    pairs = [[pair["image"], pair["copy"]] for pair in report["near_copies"]]
+    assert list(left_out) == planted["unreadable"] and pairs == [planted["near_copy"]]
+    assert NEGATIVES(pixels, facts) == planted["negative"] and len(report["shared_patients"]) == 1
 
 
 def test_what_is_stored_comes_back(knees, tmp_path):
     dataset = store(knees, tmp_path / "data")
-    assert (dataset.seed, dataset.augmentation, dataset.balance) == (7, {"flip": True}, "none")
-    assert dataset.names_shown[4] == "KL 4" and not dataset.synthetic
-    labels = dataset.labels("val")
-    assert labels.dtype == np.int32 and np.bincount(labels).tolist() == [12] * 5
-    assert len(set(dataset.patients("val"))) == 30
-    pixels = dataset.pixels("val", 32)
-    assert pixels.dtype == np.uint8 and (pixels == dataset.images[dataset.rows("val")]).all()
-    assert dataset.pixels("val", 24).shape == (60, 24, 24, 1)
-    with pytest.raises(ValueError, match="split is one of"):
-        dataset.rows("valid")
+    assert dataset.knees and dataset.names_shown == ["KL 0", "KL 1"] and dataset.seed == 7
+    assert dataset.origin == {"colour": False, "aspect": [1.0, 1.0], "bits": 8}
+    assert not dataset.synthetic and dataset.monitor == "val_qwk"
+    labels, patients = dataset.labels("train"), dataset.patients("train")
+    assert labels.dtype == np.int32 and len(labels) == len(patients) == 10
+    assert dataset.pixels("val", 16).shape == (10, 16, 16, 1)
+    first = dataset.manifest["image"][dataset.rows("test")[0]]
+    assert np.array_equal(dataset.pixels("test", 32)[0, ..., 0], images.read_image(knees / first))
 
 
-def test_the_digest_tells_another_split_from_this_one(knees, tmp_path):
-    first = store(knees, tmp_path / "a")
-    assert store(knees, tmp_path / "b").digest == first.digest
-    files = images_of(knees)
-    for side in files[:2]:
-        shutil.move(side, knees / "val" / "0" / side.name)
-    assert store(knees, tmp_path / "c").digest != first.digest
+def test_the_digest_follows_the_content(knees, tmp_path):
+    one, again = store(knees, tmp_path / "a"), store(knees, tmp_path / "b")
+    assert one.digest == again.digest
+    path = sorted(knees.rglob("*.png"))[0]
+    path.rename(path.with_stem("5L"))
+    assert store(knees, tmp_path / "c").digest != one.digest
 
 
-def test_class_names_that_look_like_missing_values_survive(tmp_path):
-    dataset = store(write(tmp_path / "a", classes=["NA", "None"]), tmp_path / "data")
-    assert set(dataset.manifest["class"]) == {"NA", "None"}
-
-
-def test_loading_says_what_to_run(knees, tmp_path):
-    with pytest.raises(FileNotFoundError, match="run notebook 01_data"):
-        data.load(tmp_path)
-    store(knees, tmp_path / "data")
-    np.save(tmp_path / "data" / "images.npy", np.zeros((3, 32, 32, 1), "uint8"))
-    with pytest.raises(ValueError, match="3 images, but 180 rows"):
+def test_loading_says_what_to_run(tmp_path):
+    with pytest.raises(runs.StageError, match="run the notebook that writes it"):
         data.load(tmp_path / "data")
 
 
-def test_phantoms_are_known_as_synthetic(phantom_folder, tmp_path):
-    dataset = store(phantom_folder, tmp_path)
-    assert dataset.synthetic and 0.8 <= dataset.bayes_accuracy <= 0.92
-    report = audit(phantom_folder)[3]
-    assert report["inverted"] == [] and report["left_out"] == {}
-    data.check_leaks(report)
+def test_phantoms_are_known_as_synthetic(tmp_path):
+    dataset = store(phantoms.draw(tmp_path / "drawn", 20, 0, 32), tmp_path / "data")
+    assert dataset.synthetic and 0.5 < dataset.bayes_accuracy < 1
 
 
 def test_data_needs_no_tensorflow():
-    code = "import sys; from utils import data; sys.exit('tensorflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = "import sys; from utils import audit, data; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=settings.ROOT, check=True)
+
+
+def test_identity_does_not_depend_on_where_the_images_are(knees, tmp_path):
+    values = settings.validate({"RUN_DIR": str(tmp_path / "run"), "DATA_DIR": str(knees)})
+    before = folders.check_folder(values)[1]
+    values["DATA_DIR"] = str(knees.rename(tmp_path / "moved"))
+    assert folders.check_folder(values)[1] == before

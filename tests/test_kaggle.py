@@ -1,665 +1,231 @@
-"""What `python -m utils kaggle` writes, as the published client sends it; push.sh; what is missing.
+"""The folders for Kaggle and their push: the real client, against a stand-in for its network."""
 
-The client is real, its network is the test's; push.sh runs against a stub client.
-"""
-
+import io
 import json
-import os
 import re
-import subprocess
-import zipfile
+import shutil
+import sys
 
-import nbformat
+import keras
 import pytest
-import test_pages
+import requests
 
-from utils import __main__ as command_line
-from utils import pages, parameters, preflight, runs
-from utils.commands import kaggle
-from utils.folders import find_dataset
+from utils import cli, kaggle, models, runs, settings
+from utils.cli import kaggle as command_line
 
-DATA = "shashwatwork/knee-osteoarthritis-dataset-with-severity"
-PROFILE = """RUN_DIR: runs/kaggle
-STORED_SIZE: 384
-TEACHER_BACKBONE: EfficientNetV2M
-TEACHER_WEIGHTS: imagenet
-TEACHER_IMAGE_SIZE: 384
-PHASE_3_EPOCHS: 30
-STUDENT_BACKBONE: MobileNetV3Small
-STUDENT_WEIGHTS: imagenet
-TEST_VIEWS: 7
-"""
-KERNELS = ["00_weights", *parameters.NOTEBOOKS]
+PREFIX, DATA = "jane/knee-distillation-", "shashwatwork/knee-osteoarthritis-dataset-with-severity"
+CODE, WEIGHTS = f"{PREFIX}code", f"{PREFIX}00-weights"
+KERNELS = ["00_weights", *settings.SERIES]
+STATUS, SAVE, OUTPUT = "GetKernelSessionStatus", "SaveKernel", "ListKernelSessionOutput"
+RUNNING, COMPLETE, UNPACKED = ({"status": word} for word in ("RUNNING", "COMPLETE", "READY"))
+PROFILE = {"TEACHER_WEIGHTS": "imagenet", "STUDENT_WEIGHTS": "imagenet", "PHASE_1_EPOCHS": 2}
 
 
-def write_project(folder):
-    """Six notebooks of one parameter cell each, and a profile."""
-    (folder / "notebooks" / "profiles").mkdir(parents=True)
-    (folder / "utils").mkdir()
-    (folder / "utils" / "runs.py").touch()
-    (folder / "LICENSE").write_text("Apache")
-    for name in parameters.NOTEBOOKS:
-        real = parameters.ROOT / "notebooks" / f"{name}.ipynb"
-        cells = [nbformat.v4.new_code_cell(parameters.parameter_cell(real))]
-        cells[0]["metadata"]["tags"] = ["parameters"]
-        cells.append(nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream")]))
-        kernel = {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}}
-        node = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-        nbformat.write(node, folder / "notebooks" / f"{name}.ipynb")
-    (folder / "notebooks" / "profiles" / "kaggle.yaml").write_text(PROFILE)
-    (folder / "notebooks" / "profiles" / "local.yaml").write_text(
-        "RUN_DIR: /tmp/run\nDATA_DIR: /data\nTEACHER_WEIGHTS: weights.h5\n"
-    )
-    (folder / "notebooks" / "profiles" / "random.yaml").write_text("RUN_DIR: runs/random\n")
-    small = PROFILE.replace("EfficientNetV2M", "EfficientNetV2B0")
-    (folder / "notebooks" / "profiles" / "small.yaml").write_text(small)
-    return folder
+def command(*arguments):
+    return cli.main(["kaggle", "--user", "jane", "--data", DATA, *map(str, arguments)])
+
+
+def saved(**found):
+    return [{"versionNumber": 7, "url": "u", "ref": "r"} | found]
+
+
+def results(name, after=None):
+    return {"files": [{"url": "https://files.test/x", "fileName": name}], "nextPageToken": after}
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """The mini project."""
-    return write_project(tmp_path_factory.mktemp("kaggle") / "project")
+def folder(tmp_path_factory):
+    """Everything generated for user jane from a profile with ImageNet weights."""
+    top = tmp_path_factory.mktemp("kaggle")
+    (top / "mine.yaml").write_text("\n".join(f"{name}: {PROFILE[name]}" for name in PROFILE))
+    assert command("--profile", top / "mine.yaml", "--out", top / "up") == 0
+    return top / "up"
 
 
-@pytest.fixture(scope="module")
-def folders(project, tmp_path_factory):
-    """Everything generated for user jane."""
-    return kaggle.generate("jane", DATA, tmp_path_factory.mktemp("out") / "up", root=project)
+class Server:
+    """Kaggle's end: answers by the first rule that fits, a list's replies one after another."""
+
+    def __init__(self):
+        self.sent, self.rules, self.counts = [], [], {}
+        self.usual = [
+            ("GetDatasetStatus", [404, 404, UNPACKED]),
+            ("GetDataset ", [{"currentVersionNumber": 1}]),
+            ("CreateDataset", [{"status": "ok", "url": "u", "ref": "r"}]),
+            (SAVE, saved()),
+            (STATUS, [{"status": "QUEUED"}, RUNNING, COMPLETE]),
+            (OUTPUT, [results("runs/mine/index.html"), results("FINISHED")]),
+        ]
+
+    def send(self, request, **named):
+        response, call = requests.Response(), request.url.rsplit("/", 1)[1]
+        response.status_code, response.request, response.url = 200, request, request.url
+        response.headers["Content-Type"] = "application/json"
+        if request.url.startswith("https://files.test/"):
+            response.raw = io.BytesIO(b"<p>results</p>")
+            return response
+        if request.url.startswith("https://upload.test/"):
+            reply = {}
+        else:
+            body = json.loads(request.body)
+            self.sent.append((call, body))
+            reply = self.reply(call, body)
+        if isinstance(reply, Exception):
+            raise reply
+        if isinstance(reply, int):
+            response.status_code, reply = reply, {}
+        response._content = json.dumps(reply).encode()
+        return response
+
+    def reply(self, call, body):
+        if call == "StartBlobUpload":
+            return {"token": body["name"], "createUrl": f"https://upload.test/{body['name']}"}
+        text = f"{call} {json.dumps(body)[-400:]} {body.get('slug')}"
+        for pattern, replies in [*self.rules, *self.usual]:
+            if re.search(pattern, text):
+                kernel = re.search(r'"(?:kernelSlug|slug)": "([^"]*)"', text)
+                key = (pattern, kernel and kernel[1])
+                self.counts[key] = number = self.counts.get(key, -1) + 1
+                return replies[min(number, len(replies) - 1)]
+        raise AssertionError(f"no reply to {text}")
 
 
 @pytest.fixture
-def client(monkeypatch, tmp_path):
-    """The published client with dummy credentials; `client.sent` holds (method, url, body)."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+def server(monkeypatch, tmp_path):
+    """The published client, logged in as jane; its network is the returned server."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("KAGGLE_USERNAME", "jane")
     monkeypatch.setenv("KAGGLE_KEY", "0" * 32)
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
-    pytest.importorskip("kaggle", reason="the kaggle client is not installed")
-    import requests
-    from kaggle.api.kaggle_api_extended import KaggleApi
-
-    api = KaggleApi()
-    api.authenticate()
-    api.sent = []
-    api.known_dataset = False
-    api.uploads = {}
-    api.answers = {"GetDatasetStatus": {"status": "READY"}}
-
-    def send(_, request, **__):
-        url = request.url
-        response = requests.Response()
-        response.status_code, response.request, response.url = 200, request, url
-        response.headers["Content-Type"] = "application/json"
-        answer = api.answers.get(url.rsplit("/", 1)[1], {})
-        if url.startswith("https://upload.test/"):
-            api.uploads[url.rsplit("/", 1)[1]] = request.body.read()
-        else:
-            body = json.loads(request.body)
-            api.sent.append((url.rsplit("/", 1)[1], body))
-            if url.endswith("/SaveKernel"):
-                answer = {"versionNumber": 3, "url": "u", "ref": "r"}
-            elif url.endswith("/GetDatasetStatus"):
-                response.status_code = 200 if api.known_dataset else 404
-            elif url.endswith("/StartBlobUpload"):
-                answer = {"token": body["name"], "createUrl": f"https://upload.test/{body['name']}"}
-            elif url.endswith(("/CreateDataset", "/CreateDatasetVersion")):
-                answer = {"status": "ok", "url": "u", "ref": "r"}
-        response._content = json.dumps(answer).encode()
-        return response
-
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-    return api
+    client = pytest.importorskip("kaggle", reason="the kaggle client is not installed")
+    monkeypatch.setattr(client, "api", type(client.api)())
+    client.api.authenticate()
+    server = Server()
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", server.send)
+    monkeypatch.setattr(command_line, "POLL", 0)
+    return server
 
 
-def expected(kernel):
-    """The request of each kernel, written out by hand."""
-    code, weights = "jane/knee-distillation-code", "jane/knee-distillation-00-weights"
-    gpu = {"enableGpu": True, "machineShape": "NvidiaTeslaT4"}
-    cpu = {"enableGpu": False}
-    before = {
-        "02_teacher_phase_1": "01-data",
-        "03_teacher_phase_2": "02-teacher-phase-1",
-        "04_teacher_phase_3": "03-teacher-phase-2",
-        "05_distillation": "04-teacher-phase-3",
-        "06_evaluation": "05-distillation",
-    }
-    sources = [f"jane/knee-distillation-{before[kernel]}"] if kernel in before else []
-    if kernel == "00_weights":
-        return cpu | {"enableInternet": True, "datasetDataSources": [], "kernelDataSources": []}
-    if kernel.startswith("series"):
-        earlier = {"series": [], "series_b": ["series"], "series_a": ["series-b"]}
-        names = earlier.get(kernel, ["series"])
-        own = [weights, *(f"jane/knee-distillation-{name}" for name in names)]
-        return gpu | {
-            "enableInternet": False,
-            "datasetDataSources": [code, DATA],
-            "kernelDataSources": own,
-        }
-    return (cpu if kernel == "01_data" else gpu) | {
-        "enableInternet": False,
-        "datasetDataSources": [code, DATA] if kernel == "01_data" else [code],
-        "kernelDataSources": sources + [weights] * (kernel[:2] in ("02", "05")),
-    }
+@pytest.fixture
+def pushes(folder, server, tmp_path):
+    """Push a copy of the folders with rules over the usual replies: (status, what was pushed)."""
+    shutil.copytree(folder, tmp_path / "up")
+
+    def run(*rules, what="notebooks"):
+        server.rules, server.counts, server.sent = list(rules), {}, []
+        arguments = ["--profile", folder.parent / "mine.yaml", "--push", what]
+        status = command(*arguments, "--out", tmp_path / "up")
+        slugs = [body["slug"][len(PREFIX) :] for call, body in server.sent if call == SAVE]
+        return status, [slug.replace("-", "_") for slug in slugs]
+
+    return run
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "series", "series_again", "series_b", "series_a"])
-def test_the_request_that_the_client_would_send(folders, client, capsys, kernel):
-    client.kernels_push_cli(str(folders / kernel), None, None)
-    [(call, body)] = client.sent
-    said = capsys.readouterr().out
-    assert call == "SaveKernel" and "Kernel version 3 successfully pushed" in said
-    assert "does not resolve" not in said, "the title's slug must equal the id"
-    wanted = expected(kernel)
-    assert {name: body.get(name) or type(wanted[name])() for name in wanted} == wanted
-    if kernel in ("00_weights", "01_data"):
-        assert not body.get("machineShape")
-    slug = {"series_again": "series", "series_a": "series"}.get(kernel, kernel).replace("_", "-")
-    assert body["slug"] == f"jane/knee-distillation-{slug}"
-    assert body["newTitle"].lower() == f"knee distillation {slug.replace('-', ' ')}"
-    assert len(body["newTitle"]) <= 50
-    assert body["isPrivate"] is True and not body.get("enableTpu")
-    assert body["language"] == "python"
-    assert not body.get("competitionDataSources") and not body.get("modelDataSources")
-    if kernel in parameters.NOTEBOOKS:
-        assert body["kernelType"] == "notebook"
-        cells = json.loads(body["text"])["cells"]
-        assert [cell["outputs"] for cell in cells] == [[], [], []]
-        assert cells[0]["metadata"]["tags"] == ["parameters"]
-        assert cells[1]["metadata"]["tags"] == ["injected-parameters"]
-        values = {}
-        exec(cells[0]["source"] + "\n" + cells[1]["source"], {"str": str, "int": int}, values)
-        values.pop("__annotations__", None)
-        profile = parameters.load_profile("kaggle", folders / "code")
-        own = parameters.declared()[kernel]
-        assert {n: values[n] for n in own if n in profile} == {
-            n: profile[n] for n in own if n in profile
-        }
-        assert values["RUN_DIR"] == "runs/kaggle"
-    else:
-        assert body["kernelType"] == "script"
-        compile(body["text"], kernel, "exec")
+def test_all_is_pushed_in_order_each_waited_for_and_nothing_twice(pushes, server, tmp_path, capsys):
+    pages = [results("runs/mine/index.html", "2"), results("runs/mine/report/a.json", "3")]
+    assert pushes((OUTPUT, [*pages, results("runs/mine/data/images.npy")])) == (0, KERNELS)
+    calls = [call for call, _ in server.sent]
+    assert calls.index("CreateDataset") < calls.index(SAVE) and "CreateDatasetVersion" not in calls
+    order = [call for call in calls if call in (SAVE, STATUS)]
+    assert order == [SAVE, STATUS, STATUS, STATUS] * len(KERNELS)
+    assert {body["versionLabel"] for call, body in server.sent if call == STATUS} == {"v7"}
+    assert [b.get("pageToken") for call, b in server.sent if call == OUTPUT] == ["", "2", "3"]
+    there = tmp_path / "up/results/runs/mine"
+    assert {path.name for path in there.rglob("*.*")} == {"index.html", "a.json"}
+    code = next(body for call, body in server.sent if call == "CreateDataset")
+    assert code["isPrivate"] is True and code["licenseName"] == "apache-2.0"
+    assert {"utils.zip", "notebooks.zip"} <= {file["token"] for file in code["files"]}
+    assert pushes() == (0, []) and {call for call, _ in server.sent} == {OUTPUT}
+    sys.modules["kaggle"].api.config_values = {"username": "joe"}
+    assert pushes() == (1, []) and "you are joe" in capsys.readouterr().err
 
 
-def test_the_code_is_uploaded_as_a_private_dataset_with_its_folders(folders, client, capsys):
-    client.dataset_create_new_cli(str(folders / "code"), dir_mode="zip", quiet=True)
-    assert "is being created" in capsys.readouterr().out
-    call, body = client.sent[-1]
-    assert call == "CreateDataset"
-    assert body["ownerSlug"] == "jane" and body["slug"] == "knee-distillation-code"
-    assert body["title"] == "Knee distillation code" and body["licenseName"] == "apache-2.0"
-    assert body["isPrivate"] is True
-    assert {file["token"] for file in body["files"]} == {"utils.zip", "notebooks.zip", "LICENSE"}
-    archive = folders.parent / "notebooks.zip"
-    archive.write_bytes(client.uploads["notebooks.zip"])
-    names = zipfile.ZipFile(archive).namelist()
-    assert "01_data.ipynb" in names and "profiles/kaggle.yaml" in names
+@pytest.mark.parametrize("kernel", [*KERNELS, "series"])
+def test_what_the_client_asks_for(folder, server, kernel):
+    import kaggle as client
 
-    client.known_dataset, client.sent = True, []
-    client.dataset_create_version_cli(str(folders / "code"), "m", dir_mode="zip", quiet=True)
-    assert "is being created" in capsys.readouterr().out
-    call, body = client.sent[-1]
-    assert call == "CreateDatasetVersion" and body["datasetSlug"] == "knee-distillation-code"
-    assert len(body["body"]["files"]) == 3
-
-
-def test_push_reads_words_that_the_client_says(client, capsys):
-    client.answers = {
-        "GetKernelSessionStatus": {
-            "status": "ERROR",
-            "failureMessage": "Your notebook ran out of memory",
-        },
-        "GetDatasetStatus": {"status": "READY"},
-        "GetDataset": {"currentVersionNumber": 1},
-    }
-    client.kernels_status_cli("jane/kernel/7")
-    assert capsys.readouterr().out.replace("jane/kernel/7", "jane/x").strip() == FAILED[1]
-    client.known_dataset = True
-    assert json.loads(client.dataset_status("jane/dataset", format="json")) == json.loads(READY[1])
-    client.known_dataset = False
-    with pytest.raises(Exception, match="404"):
-        client.dataset_status("jane/dataset", format="json")
+    client.api.kernels_push(str(folder / kernel))
+    [(_, body)] = server.sent
+    number, slug = kernel[:2], kernel.replace("_", "-")
+    gpu, weights = number in "02 03 04 05 06 07 series", number in ("02", "05", "se")
+    before = list(settings.SERIES)[int(number) - 2].replace("_", "-") if "01" < number < "a" else ""
+    attached = [PREFIX + before] * bool(before) + [WEIGHTS] * weights
+    datasets = [CODE] * (number != "00") + [DATA] * (number in ("01", "se"))
+    assert body["enableInternet"] is (number == "00") and body["isPrivate"] is True
+    machine = (True, "NvidiaTeslaT4") if gpu else (False, None)
+    assert (body["enableGpu"], body.get("machineShape")) == machine
+    assert body.get("datasetDataSources", []) == datasets
+    assert body.get("kernelDataSources", []) == attached and body["slug"] == PREFIX + slug
+    assert body["newTitle"] == f"Knee distillation {slug.replace('-', ' ')}"
+    text, kind = body["text"], "notebook" if kernel in settings.SERIES else "script"
+    assert ("_1_EPOCHS = 2" in text) == (number == "02") and "output_type" not in text
+    assert body["kernelType"] == kind
 
 
-def test_the_weights_kernel_saves_what_02_and_05_then_load(project, tmp_path, monkeypatch):
-    """With Keras's own models; only the download is not made: their weights are random."""
-    import keras
-
-    from utils import models
-
-    backbones = {"teacher": "EfficientNetV2B0", "student": "MobileNetV3Small"}
-    real, saving = {name: getattr(keras.applications, name) for name in backbones.values()}, {}
-    out = kaggle.generate("jane", DATA, tmp_path / "up", "small", root=project)
-    saved = tmp_path / "input" / "notebooks" / "jane" / "knee-distillation-00-weights"
-    saved.mkdir(parents=True)
-    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path / "input"))
-    monkeypatch.setenv("KAGGLE_WORKING_ROOT", str(tmp_path))
-    monkeypatch.setattr(preflight, "online", lambda: False)
-    monkeypatch.chdir(saved)
-    values = parameters.load_profile("small", project)
-    notebooks = ["02_teacher_phase_1", "05_distillation"]
-
-    def wanting():
-        found = preflight.findings(notebooks, values, tmp_path / "run")
-        return [finding for finding in found if "ImageNet" in finding]
-
-    assert "EfficientNetV2B0 and MobileNetV3Small are not attached" in wanting()[0]
-    with monkeypatch.context() as patch:
-        for name, make in real.items():
-
-            def undownloaded(*, weights, make=make, **arguments):
-                assert weights == "imagenet"
-                saving[make.__name__] = make(weights=None, **arguments)
-                return saving[make.__name__]
-
-            patch.setattr(keras.applications, name, undownloaded)
-        exec((out / "00_weights" / "weights.py").read_text(), {})
-    assert wanting() == []
-    for who, name in backbones.items():
-        model = getattr(models, f"build_{who}")(name, 32, weights="imagenet")
-        layers = {layer.name: layer for layer in model.get_layer("backbone").layers}
-        convolutions = [layer for layer in saving[name].layers if "conv" in layer.name]
-        assert len(convolutions) > 50
-        for layer in convolutions:
-            pairs = zip(layers[layer.name].get_weights(), layer.get_weights(), strict=True)
-            assert all((found == wanted).all() for found, wanted in pairs), layer.name
-
-
-def test_without_imagenet_there_is_no_weights_kernel(project, tmp_path):
-    out = kaggle.generate("jane", DATA, tmp_path / "up", "random", root=project)
-    assert not (out / "00_weights").exists()
-    metadata = json.loads((out / "02_teacher_phase_1" / "kernel-metadata.json").read_text())
-    assert metadata["kernel_sources"] == ["jane/knee-distillation-01-data"]
+def test_a_known_code_dataset_gets_a_new_version_which_is_waited_for(pushes, server):
+    numbers = [{"currentVersionNumber": number} for number in (1, 1, 2)]
+    still = {"status": "NOT_YET_PERSISTED"}
+    rules = ("GetDatasetStatus", [UNPACKED, UNPACKED, still, UNPACKED]), ("GetDataset ", numbers)
+    lost = requests.ConnectionError("no route to host")
+    assert pushes(*rules, (STATUS, [502, RUNNING, lost, 429, COMPLETE])) == (0, KERNELS)
+    calls = [call for call, _ in server.sent]
+    assert "CreateDatasetVersion" in calls and calls.count("GetDatasetStatus") == 4
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("rule", "said", "reached", "again"),
     [
-        (["--user", "Jane Doe", "--data", DATA], "Jane Doe"),
-        (["--user", "jane/x", "--data", DATA], "jane/x"),
-        (["--user", "", "--data", DATA], "--user"),
-        (["--user", "jane", "--data", "only-a-slug"], "OWNER/SLUG"),
-        (["--user", "jane", "--data", "https://www.kaggle.com/a/b"], "OWNER/SLUG"),
-        (["--user", "jane", "--data", "owner/"], "OWNER/SLUG"),
-        (["--user", "jane", "--data", DATA, "--out", "."], "exists"),
-        (["--user", "jane", "--data", DATA, "--profile", "nowhere"], "nowhere"),
-        (["--user", "jane", "--data", DATA, "--profile", "local"], "weights.h5"),
-        (["--user", "jane"], "--data"),
-        (["--data", DATA], "--user"),
+        (("GetDatasetStatus", [404, 404, {"status": "FAILED"}]), "unpack", 0, 0),
+        (("CreateDataset", [{"status": "error", "error": "title taken"}]), "title taken", 0, 0),
+        (("CreateDataset", [{"status": "ok", "invalidTags": ["knee"]}]), "invalid tags", 0, 0),
+        ((f"{SAVE}.*01-data$", saved(error="Maximum batch GPU session")), "Maximum", 2, 1),
+        ((f"{SAVE}.*02-t", saved(invalidKernelSources=["a/b"])), "kernel sources: a/b", 3, 2),
+        ((f"{STATUS}.*03-t", [{"status": "ERROR", "failureMessage": "memory"}]), "memory", 4, 3),
+        ((f"{STATUS}.*03-t", [RUNNING, {"status": "CANCEL_ACKNOWLEDGED"}]), "CANCEL", 4, 3),
+        ((f"{STATUS}.*03-t", [503]), "503", 4, 4),  # it did not fail: not pushed again
+        ((OUTPUT, [404]), "404", 9, 9),
     ],
 )
-def test_refusals(project, monkeypatch, tmp_path, capsys, arguments, said):
-    monkeypatch.setattr(parameters, "ROOT", project)
-    monkeypatch.chdir(tmp_path)
-    try:
-        status = command_line.main(["kaggle", *arguments])
-    except SystemExit as left:  # argparse's own refusals
-        status = left.code
+def test_what_fails_stops_and_the_next_start_goes_on(pushes, capsys, rule, said, reached, again):
+    assert pushes(rule) == (1, KERNELS[:reached])
     error = capsys.readouterr().err
-    assert status == 2 and said in error and len(error.splitlines()) <= 12
-    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+    assert said in error and len(error.splitlines()) == 1
+    assert pushes() == (0, KERNELS[again:]), capsys.readouterr().err
 
 
-def test_the_real_series_is_generated(tmp_path, capsys):
-    assert list(parameters.declared()) == list(runs.NOTEBOOKS)
-    out = tmp_path / "up"
-    arguments = ["--user", "jane", "--data", DATA, "--out", str(out)]
-    assert command_line.main(["kaggle", *arguments]) == 0
-    assert str(out / "push.sh") in capsys.readouterr().out
-    assert sorted(p.name for p in out.iterdir() if p.name[0] == "0") == KERNELS
-    assert (out / "code" / "utils" / "commands" / "series.py").exists()
-    assert os.access(out / "push.sh", os.X_OK)
+def test_the_series_in_one_kernel_goes_on_with_its_last_output(pushes, server):
+    rules = [(f'{OUTPUT}.*series(-2)?"', [results("UNFINISHED")]), (OUTPUT, [results("FINISHED")])]
+    assert pushes(*rules, what="series") == (0, ["00_weights", "series", "series_2", "series_3"])
+    attached = [body.get("kernelDataSources") for call, body in server.sent if call == SAVE]
+    assert attached[2:] == [[WEIGHTS, f"{PREFIX}series"], [WEIGHTS, f"{PREFIX}series-2"]]
 
 
-# push.sh, against a client that answers as it is told.
-
-STUB = r"""#!/usr/bin/env bash
-# Lines of rules.txt: a pattern and its answers, each "status words", between tabs; the last stays.
-here={here}
-echo "$*" >>$here/calls.txt
-while IFS=$'\t' read -r -a rule; do
-  [[ "$*" =~ ${{rule[0]}} ]] || continue
-  count=$here/count-$(tr -c 'a-z0-9A-Z\n' _ <<<"${{rule[0]}}$*")
-  number=$(cat "$count" 2>/dev/null || echo 1)
-  echo $((number + 1)) >"$count"
-  [ $number -lt ${{#rule[@]}} ] || number=$((${{#rule[@]}} - 1))
-  words=${{rule[$number]#* }}
-  [[ "$words" =~ ^\<(.*)\>$ ]] && touch "results/${{BASH_REMATCH[1]}}"
-  printf '%b\n' "$words"
-  exit "${{rule[$number]%% *}}"
-done <$here/rules.txt
-echo "the stub knows no answer to $*"
-exit 1
-"""
-READY = [0, '{"status": "ready", "current_version_number": 1}']
-NOT_THERE = [1, "404 Client Error: Not Found for url: https://api.kaggle.com/"]
-PUSHED = [0, "Kernel version 7 successfully pushed.  Please check progress at https://kaggle.com/x"]
+def test_refusals_leave_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local.yaml").write_text(f"TEACHER_WEIGHTS: {__file__}\n")
+    for given in ("--user", "A B"), ("--data", "x"), ("--out", "."), ("--profile", "local.yaml"):
+        assert command("--out", "up", *given) == 2
+    said = capsys.readouterr().err
+    assert said.count("OWNER/SLUG") == 2 and "exists" in said and "this machine's files" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["local.yaml"]
 
 
-def says(word):
-    """A kernel's status in the client's words."""
-    return [0, f'jane/x has status "KernelWorkerStatus.{word}"']
+def test_the_weights_kernel_saves_what_the_notebooks_find_and_load(folder, tmp_path, monkeypatch):
+    name, real = "MobileNetV3Small", keras.applications.MobileNetV3Small
+    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:  # nothing is downloaded: the weights are random
+        patch.setattr(keras.applications, name, lambda **given: real(**given | {"weights": None}))
+        exec((folder / "00_weights/00_weights.py").read_text(), {})
+    assert kaggle.attached_weights(name).parent == tmp_path
+    models.build_student(name, 32, 5, "imagenet", 0.2, "float32", 0)
 
 
-FAILED = [0, says("ERROR")[1] + '\nFailure message: "Your notebook ran out of memory"']
-USUAL = [
-    ("datasets status", [NOT_THERE, READY]),
-    ("datasets create", [[0, "Your private Dataset is being created. Please check progress at u"]]),
-    ("datasets version", [[0, "Dataset version is being created. Please check progress at u"]]),
-    ("kernels push", [PUSHED]),
-    ("kernels status", [says("QUEUED"), says("RUNNING"), says("COMPLETE")]),
-    ("kernels output", [[0, ""]]),
-]
-
-
-@pytest.fixture
-def push(folders, tmp_path):
-    """Run push.sh with rules over the usual answers: exit status, words, the client's calls."""
-    subprocess.run(["cp", "-r", str(folders), str(tmp_path / "up")], check=True)
-    (tmp_path / "bin").mkdir()
-    stub = tmp_path / "bin" / "kaggle"
-    stub.write_text(STUB.format(here=tmp_path))
-    stub.chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-
-    def run(*rules, arguments=()):
-        lines = [
-            "\t".join(
-                [pattern, *(f"{status} {words}".replace("\n", "\\n") for status, words in answers)]
-            )
-            for pattern, answers in [*rules, *USUAL]
-        ]
-        (tmp_path / "rules.txt").write_text("\n".join(lines) + "\n")
-        (tmp_path / "calls.txt").write_text("")
-        for count in tmp_path.glob("count-*"):
-            count.unlink()
-        done = subprocess.run(
-            [str(tmp_path / "up" / "push.sh"), *arguments],
-            env=os.environ | {"PATH": path, "POLL_SECONDS": "0"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        calls = (tmp_path / "calls.txt").read_text().splitlines()
-        return done.returncode, done.stdout + done.stderr, calls
-
-    return run
-
-
-def pushed(calls):
-    """The folders pushed, in order."""
-    return [call.split(" -p ")[1] for call in calls if call.startswith("kernels push")]
-
-
-def test_push_goes_through_in_order_and_does_nothing_twice(push):
-    pages = (
-        ("kernels output.*page-token def", [[0, ""]]),
-        ("kernels output.*page-token abc", [[0, "Next page token: def"]]),
-        ("kernels output", [[0, "Next page token: abc"]]),
-    )
-    status, words, calls = push(*pages)
-    assert status == 0, words
-    assert calls[1] == "datasets create -p code -r zip"
-    assert pushed(calls) == KERNELS
-    for number, kernel in enumerate(KERNELS[:-1]):
-        own = f"jane/knee-distillation-{kernel.replace('_', '-')}/7"
-        polls = [n for n, call in enumerate(calls) if call == f"kernels status {own}"]
-        assert len(polls) == 3, "queued, running, complete"
-        assert polls[-1] < calls.index(f"kernels push -p {KERNELS[number + 1]}")
-    fetched = [call for call in calls if call.startswith("kernels output")]
-    assert len(fetched) == 3 and "jane/knee-distillation-06-evaluation" in fetched[0]
-    assert all("--page-size 200" in call for call in fetched)
-
-    status, words, calls = push()
-    assert status == 0 and pushed(calls) == [] and not any("datasets" in call for call in calls)
-
-
-def test_an_existing_code_dataset_gets_a_new_version_that_is_waited_for(push):
-    new = [0, '{"status": "ready", "current_version_number": 2}']
-    pending = [0, '{"status": "pending", "current_version_number": 2}']
-    status, words, calls = push(("datasets status", [READY, READY, pending, new]))
-    assert status == 0, words
-    assert calls[1].startswith("datasets version -p code -r zip -m ")
-    assert calls.index("kernels push -p 00_weights") == 5, "the old version's 'ready' is no answer"
-
-
-@pytest.mark.parametrize(
-    ("rule", "said", "reached"),
-    [
-        (("datasets create", [[0, "Dataset creation error: title taken"]]), "title taken", []),
-        (("datasets create", [[1, "401 Unauthorized"]]), "401", []),
-        (("datasets status", [[1, "ConnectionError: no route"]]), "no route", []),
-        (("datasets status", [NOT_THERE, [0, '{"status": "failed"}']]), "failed", []),
-        (("push -p 01", [[0, "Kernel push error: Maximum batch GPU session count"]]), "Maximum", 2),
-        (("push -p 01", [[0, "Kernel push error: see previous output"]]), "push error", 2),
-        (("push -p 01", [[1, "403 Client Error: Forbidden"]]), "403", 2),
-        (
-            ("push -p 02", [[0, f"not valid dataset sources: ['a/b']\n{PUSHED[1]}"]]),
-            "not valid dataset sources",
-            3,
-        ),
-        (
-            ("push -p 02", [[0, f"not valid kernel sources: ['a/b']\n{PUSHED[1]}"]]),
-            "not valid kernel sources",
-            3,
-        ),
-        (("status .*03", [says("RUNNING"), says("ERROR")]), "ERROR", 4),
-        (("status .*03", [[0, 'x has status "error"'], says("ERROR")]), "ERROR", 4),
-        (("status .*03", [says("QUEUED"), says("CANCEL_ACKNOWLEDGED")]), "CANCEL_ACKNOW", 4),
-        (("status .*03", [says("QUEUED"), FAILED]), "out of memory", 4),
-        (("status .*03", [[0, 'x has status "lost"']]), "lost", 4),
-        (("status .*03", [[1, "503 Server Error"]]), "503", 4),
-        # The version before's COMPLETE, read right after the push, is not this one's.
-        (("status .*03", [says("COMPLETE"), says("RUNNING"), says("ERROR")]), "ERROR", 4),
-        (("kernels output", [[1, "404 Client Error"]]), "404", 7),
-    ],
-)
-def test_whatever_fails_stops_and_the_next_start_goes_on(push, rule, said, reached):
-    status, words, calls = push(rule)
-    assert status == 1 and said in words and "start this again" in words
-    assert pushed(calls) == KERNELS[: reached or 0]
-    assert len(words) < 2000
-
-    status, words, calls = push()
-    assert status == 0, words
-    left = KERNELS[max((reached or 0) - 1, 0) :]
-    # A kernel that had been pushed and was not seen to fail is waited for, not pushed again.
-    waited = said in ("503", "lost", "404")
-    assert pushed(calls) == (left[1:] if waited else left)
-
-
-def test_answers_that_fail_now_and_then_are_asked_again(push):
-    broken = [1, "502 Bad Gateway"]
-    status, words, _ = push(
-        ("kernels status", [broken, says("RUNNING"), broken, broken, says("COMPLETE")])
-    )
-    assert status == 0, words
-
-
-def test_the_whole_series_goes_on_with_its_own_output(push):
-    more, done = [0, "<UNFINISHED>"], [0, "<FINISHED>"]
-    status, words, calls = push(
-        ("kernels output.*FINISHED", [more, more, done]), arguments=["series"]
-    )
-    assert status == 0, words
-    assert pushed(calls) == ["00_weights", "series", "series_again", "series_again"]
-
-
-@pytest.mark.parametrize(
-    "refusal",
-    [
-        ("push -p series_again", [[0, f"not valid kernel sources: ['a/b']\n{PUSHED[1]}"]]),
-        ("push -p series_again", [[0, "Kernel push error: a kernel cannot use itself"]]),
-        ("status jane/knee-distillation-series/", []),
-    ],
-)
-def test_twins_take_turns_where_a_kernel_cannot_be_attached_to_itself(push, refusal):
-    again = ("status jane/knee-distillation-series/", [says("RUNNING"), says("COMPLETE")])
-    more, done = [0, "<UNFINISHED>"], [0, "<FINISHED>"]
-    finished = [
-        ("kernels output jane/knee-distillation-series-b .*FINISHED", [more, done]),
-        ("kernels output jane/knee-distillation-series .*FINISHED", [more]),
-    ]
-    if "status" in refusal[0]:  # one kernel: first as `series`, then as `series_again`, `series_a`
-        words = ("RUNNING", "COMPLETE", "RUNNING", "ERROR")
-        again = (refusal[0], [says(word) for word in words] + again[1])
-        refusal = ("never", [[0, ""]])
-    status, words, calls = push(refusal, again, *finished, arguments=["series"])
-    assert status == 0, words
-    assert pushed(calls)[1:] == ["series", "series_again", "series_b", "series_a", "series_b"]
-
-
-def test_a_series_that_never_ends_is_stopped(push):
-    status, words, calls = push(
-        ("kernels output.*FINISHED", [[0, "<UNFINISHED>"]]), arguments=["series"]
-    )
-    assert status == 1 and "six sessions" in words and len(pushed(calls)) == 7
-
-
-def test_what_is_fetched_is_all_that_the_page_of_a_run_links_to(tmp_path):
-    script = (runs.root() / "utils" / "commands" / "kaggle_push.sh").read_text()
-    [pattern] = re.findall(r"^results='(.*)'$", script, re.M)
-    run = test_pages.make_run(tmp_path / "output" / "runs" / "kaggle")
-    (run / "data" / "phantoms").mkdir()
-    for name in ("data/phantoms/1L.png", "teacher/phase_1/teacher.keras", "data/images.npy"):
-        (run / name).touch()
-    page = pages.build(run)
-    links = test_pages.Links(page.read_text()).links
-    for path in [path for path in run.rglob("*") if path.is_file()]:
-        if not re.search(pattern, path.relative_to(tmp_path / "output").as_posix()):
-            path.unlink()
-    assert test_pages.dead(run, links) == [] and page.exists()
-    assert not list(run.glob("data/phantoms/*")) and not (run / "data/images.npy").exists()
-    assert [path.parent.name for path in run.rglob("teacher.keras")] == ["phase_3"]
-
-
-# What is missing on Kaggle.
-
-
-@pytest.fixture
-def session(tmp_path, monkeypatch):
-    """A Kaggle session that has all that is needed: full-size parameters, input, a run folder."""
-    attached = tmp_path / "input"
-    image = attached / "datasets" / "jane" / "knees" / "train" / "0" / "1L.png"
-    image.parent.mkdir(parents=True)
-    image.touch()
-    (attached / "notebooks").mkdir()
-    for name in ("efficientnetv2-m_notop.h5", "mobilenetv3small_notop.weights.h5"):
-        (attached / "notebooks" / name).touch()
-    run = tmp_path / "working" / "run"
-    (run / "data").mkdir(parents=True)
-    (run / "data" / "stage.json").write_text('{"parameters": {"STORED_SIZE": 384}}')
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(attached))
-    monkeypatch.setenv("KAGGLE_WORKING_ROOT", str(tmp_path / "working"))
-    monkeypatch.setattr(preflight, "accelerators", lambda: 2)
-    monkeypatch.setattr(preflight, "free_disk", lambda: 50e9)
-    monkeypatch.setattr(preflight, "memory", lambda: (28e9, 31e9))
-    monkeypatch.setattr(preflight, "online", lambda: False)
-    return run
-
-
-VALUES = {
-    "DATA_DIR": "",
-    "STORED_SIZE": 384,
-    "TEACHER_BACKBONE": "EfficientNetV2M",
-    "TEACHER_WEIGHTS": "imagenet",
-    "STUDENT_BACKBONE": "MobileNetV3Small",
-    "STUDENT_WEIGHTS": "imagenet",
-}
-
-
-def test_a_session_that_has_everything_begins(session, capsys):
-    for notebook in runs.NOTEBOOKS:
-        preflight.check([notebook], VALUES, session)
-    preflight.check(runs.NOTEBOOKS, VALUES, session)
-    assert "2 GPU, 50 GB of disk free, the run holds 0.0 of 20 GB" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("run_type", ["Interactive", "Batch"])
-@pytest.mark.parametrize(
-    ("dataset", "notebook"),
-    [
-        ("knees", "knee-distillation-01-data"),
-        ("datasets/owner/knees", "notebooks/jane/knee-distillation-01-data"),
-    ],
-)
-def test_both_mount_layouts_and_run_types(tmp_path, monkeypatch, dataset, notebook, run_type):
-    attached, working = tmp_path / "input", tmp_path / "working"
-    for grade in "01":
-        image = attached / dataset / "train" / grade / "9000001L.png"
-        image.parent.mkdir(parents=True)
-        image.touch()
-    stage = attached / notebook / "runs" / "kaggle" / "data" / "stage.json"
-    saved = {"id": "a", "finished": True, "opened": 1.0, "seconds": 2.0}
-    runs.write_json(stage, saved)
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
-    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(attached))
-    monkeypatch.setenv("KAGGLE_WORKING_ROOT", str(working))
-    assert find_dataset() == attached / dataset
-    run = runs.run_folder("runs/kaggle")
-    assert run == working / "runs" / "kaggle"
-    runs.take_up(run)
-    assert runs.read_stage(run, "01_data") == saved
-    assert stage.exists() and runs.batch_mode() is (run_type == "Batch")
-
-
-def remove(pattern):
-    """Something that takes files away from the session."""
-
-    def take_away(run, monkeypatch):
-        found = list(run.parent.parent.rglob(pattern))
-        assert found
-        for path in found:
-            path.unlink()
-
-    return take_away
-
-
-def without(name, value):
-    """Something that lets the session offer less."""
-    return lambda _, monkeypatch: monkeypatch.setattr(preflight, name, lambda *_: value)
-
-
-@pytest.mark.parametrize(
-    ("notebook", "breaks", "said"),
-    [
-        ("02_teacher_phase_1", without("accelerators", 0), "Accelerator > GPU T4 x2"),
-        ("02_teacher_phase_1", without("free_disk", 1e9), "1.0 GB of disk"),
-        ("03_teacher_phase_2", without("size_of", 19e9), "19.0 GB, Kaggle keeps 20"),
-        ("05_distillation", without("memory", (1e9, 31e9)), "1.0 GB of memory"),
-        ("01_data", remove("1L.png"), "Add Input > Datasets"),
-        ("02_teacher_phase_1", remove("data/stage.json"), "output of 01_data"),
-        ("06_evaluation", remove("data/stage.json"), "output of 05_distillation"),
-        ("02_teacher_phase_1", remove("efficientnetv2*"), "EfficientNetV2M are not attached"),
-        ("05_distillation", remove("mobilenetv3*"), "Turn on internet"),
-    ],
-)
-def test_each_thing_missing_is_found_with_its_remedy(
-    session, monkeypatch, capsys, notebook, breaks, said
-):
-    breaks(session, monkeypatch)
-    with pytest.raises(runs.StageError) as raised:
-        preflight.check([notebook], VALUES, session)
-    lines = str(raised.value).splitlines()
-    assert len(lines) == 2 and said in lines[1] and notebook in lines[0]
-
-
-def test_all_findings_come_at_once(session, monkeypatch):
-    for breaks in (without("accelerators", 0), without("free_disk", 0), remove("*.h5")):
-        breaks(session, monkeypatch)
-    remove("1L.png")(session, monkeypatch)
-    found = preflight.findings(runs.NOTEBOOKS, VALUES, session)
-    assert len(found) == 4
-    assert "EfficientNetV2M and MobileNetV3Small" in " ".join(found)
-
-
-def test_small_runs_need_no_gpu_and_internet_replaces_attached_weights(session, monkeypatch):
-    without("accelerators", 0)(session, monkeypatch)
-    small = VALUES | {"STORED_SIZE": 64, "TEACHER_WEIGHTS": "none", "STUDENT_WEIGHTS": "none"}
-    assert preflight.findings(runs.NOTEBOOKS, small, session) == []
-    without("accelerators", 2)(session, monkeypatch)
-    remove("*.h5")(session, monkeypatch)
-    without("online", True)(session, monkeypatch)
-    assert preflight.findings(runs.NOTEBOOKS, VALUES, session) == []
+def test_a_session_is_told_all_that_it_lacks_and_no_more(tmp_path, monkeypatch):
+    values = settings.validate({"STORED_SIZE": 224, "TEACHER_IMAGE_SIZE": 224, **PROFILE})
+    monkeypatch.setattr(kaggle, "online", lambda: False)
+    for name in ("KERNEL_RUN_TYPE", "INPUT_ROOT", "WORKING_ROOT"):
+        monkeypatch.setenv(f"KAGGLE_{name}", str(tmp_path))
+    with pytest.raises(runs.StageError, match=r"(?s)GPU T4 x2.*Add Input.*Turn on internet"):
+        kaggle.preflight(values)
+    monkeypatch.setattr(kaggle, "online", lambda: True)
+    kaggle.preflight(values | {"STORED_SIZE": 64, "TEACHER_IMAGE_SIZE": 64})

@@ -1,11 +1,10 @@
 """A rehearsal of Kaggle: the generated kernels, in order, in a tree like Kaggle's.
 
-Input is mounted read-only, the code lies in it and not in the working folder, there is no network
-where the system allows to take it away, packages that are not in Kaggle's image cannot be imported,
-and a kernel sees of another only its attached output.
+Input is mounted read-only, the code lies in it, there is no network where the system allows to
+take it away, packages that Kaggle's image lacks cannot be imported, and a kernel sees of another
+only its attached output.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,23 +12,20 @@ import sys
 import time
 
 import pytest
-import yaml
 
-from utils import parameters, runs
-from utils.commands import kaggle
+from utils import runs, settings
+from utils.cli import kaggle
 
-USER, DATA = "jane", "owner/knees"
-NOT_ON_KAGGLE = ("nbval", "ai_edge_litert", "pytest")
-# The profile `test`, and less of it: what else there is, nbval runs in test_notebooks.
-SHORT = {"TEACHER_BACKBONE": "MobileNetV3Small", "LABELS_ONLY": False, "LEAK_STUDY": False}
+DATA, CODE = "owner/knees", "jane/knee-distillation-code"
+ORDER = {"user": "jane", "data": DATA, "profile": "test"}
+SHORT = {"LABELS_ONLY": False, "LEAK_IMAGES": 50, "BOOTSTRAP": 100}
 # In a namespace of its own a process has no network but loopback, which it must switch on itself.
 RUN = """
 import fcntl, socket, struct, sys
 if "alone" in sys.argv:
     fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x1))
 if sys.argv[1].endswith(".py"):
-    sys.argv = sys.argv[1:]
-    exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"), {"__name__": "__main__"})
+    exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"), {"__name__": "__main__"})
 else:
     import papermill
     papermill.execute_notebook(sys.argv[1], sys.argv[2], cwd=sys.argv[3], progress_bar=False)
@@ -39,160 +35,99 @@ else:
 class Kaggle:
     """Kaggle's part: mounts what a kernel's metadata names, runs it, keeps its output."""
 
-    def __init__(self, tmp_path, folders, images):
-        self.root, self.folders, self.outputs = tmp_path, folders, {}
-        self.datasets = {DATA: images, f"{USER}/{kaggle.CODE}": folders / "code"}
-        alone = ["unshare", "--map-root-user", "--net"]
-        possible = shutil.which("unshare") and not subprocess.call(
-            [*alone, "true"], stderr=subprocess.DEVNULL
-        )
-        self.alone = alone if possible else []
-        self.lacking = tmp_path / "lacking"
-        self.lacking.mkdir()
-        for name in NOT_ON_KAGGLE:
-            (self.lacking / f"{name}.py").write_text(f"raise ImportError('no {name} on Kaggle')")
+    def __init__(self, tmp_path):
+        self.root, self.folders, self.outputs = tmp_path, tmp_path / "up", {}
+        self.datasets = {DATA: tmp_path / "images", CODE: self.folders / "code"}
+        self.alone = ["unshare", "--map-root-user", "--net"]
+        if subprocess.run([*self.alone, "true"], capture_output=True).returncode:
+            self.alone = []
+        (tmp_path / "lacking").mkdir()
+        for name in ("nbval", "ai_edge_litert", "pytest"):
+            (tmp_path / f"lacking/{name}.py").write_text("raise ImportError('not on Kaggle')")
 
-    def session(self, kernel, old_layout=False):
-        """Fresh mounts for one kernel: the environment that tells where they are."""
+    def run(self, kernel, old_layout=False, without=()):
+        """Run a kernel as a push would; return its working folder, kept as its output."""
         attached, working = self.root / "kaggle" / "input", self.root / "kaggle" / "working"
         subprocess.run(["chmod", "-R", "u+w", str(self.root)], check=True)
         shutil.rmtree(self.root / "kaggle", ignore_errors=True)
         working.mkdir(parents=True)
+        about = runs.read_json(self.folders / kernel / "kernel-metadata.json")
         attached.mkdir()
-        metadata = json.loads((self.folders / kernel / "kernel-metadata.json").read_text())
-        kinds = [("datasets", metadata["dataset_sources"], self.datasets)]
-        kinds += [("notebooks", metadata["kernel_sources"], self.outputs)]
-        for kind, sources, known in kinds:
-            for source in sources:
-                slug = source.split("/")[1]
-                place = attached / slug if old_layout else attached / kind / source
-                shutil.copytree(known[source], place)
+        for source in {*about["dataset_sources"], *about["kernel_sources"]} - {*without}:
+            kind = "datasets" if source in self.datasets else "notebooks"
+            place = attached / source.split("/")[1] if old_layout else attached / kind / source
+            shutil.copytree((self.datasets | self.outputs)[source], place)
         subprocess.run(["chmod", "-R", "a-w", str(attached)], check=True)
-        environment = {
+        before = tree(attached)
+        environment = os.environ | {
             "KAGGLE_KERNEL_RUN_TYPE": "Batch",
             "KAGGLE_INPUT_ROOT": str(attached),
             "KAGGLE_WORKING_ROOT": str(working),
             "PYTHONDONTWRITEBYTECODE": "1",  # a read-only mount lets nobody write, root included
             "HTTPS_PROXY": "http://127.0.0.1:9",
-            "PYTHONPATH": str(self.lacking),
-            "SERIES_STARTED": str(time.time()),  # this container is older than a session
+            "PYTHONPATH": str(self.root / "lacking"),
+            "SERIES_STARTED": str(time.time()),  # this machine is older than a session
         }
-        environment = {**os.environ, **environment}
-        environment.pop("MPLBACKEND", None)  # the tests' own
-        return metadata, attached, working, environment
-
-    def run(self, kernel, old_layout=False):
-        """Run a kernel as a push would; return its working folder, kept as its output."""
-        metadata, attached, working, environment = self.session(kernel, old_layout)
-        code = working.parent / metadata["code_file"]
-        text = (self.folders / kernel / metadata["code_file"]).read_text()
-        code.write_text(text.replace("/kaggle/input", str(attached)))
-        before = tree(attached)
-        executed = working.parent / "executed.ipynb"
-        done = subprocess.run(
-            [*self.alone, sys.executable, "-c", RUN, str(code), str(executed), str(working)]
-            + ["alone"] * bool(self.alone),
-            env=environment,
-            cwd=working,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        files = [self.folders / kernel / about["code_file"], working.parent / "executed.ipynb"]
+        command = [*self.alone, sys.executable, "-c", RUN, *map(str, files), str(working)]
+        command += ["alone"] * bool(self.alone)
+        options = {"env": environment, "cwd": working, "stdout": -1, "stderr": -2, "text": True}
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stdout[-3000:]
         assert tree(attached) == before, "the input was written to"
-        output = self.root / "outputs" / kernel
+        self.outputs[about["id"]] = output = self.root / "outputs" / kernel
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(working, output)
-        self.outputs[metadata["id"]] = output
         return output
 
 
 def tree(folder):
-    """Names, sizes and times of all files."""
     return {p: (p.stat().st_size, p.stat().st_mtime) for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
-def rehearse(tmp_path, phantom_folder):
-    """A Kaggle for a profile: `test` with some values changed."""
+def rehearse(tmp_path, synthetic):
+    """A Kaggle for the profile `test`, with some values changed."""
 
     def prepare(**changes):
-        values = parameters.load_profile("test") | SHORT | changes
-        profile = tmp_path / "rehearsal.yaml"
-        profile.write_text(yaml.safe_dump(values))
-        folders = kaggle.generate(USER, DATA, tmp_path / "up", str(profile))
-        images = tmp_path / "images"
-        shutil.copytree(phantom_folder, images, ignore=shutil.ignore_patterns("*.json"))
-        return Kaggle(tmp_path, folders, images)
+        kaggle.write(tmp_path / "up", ORDER, settings.load_profile("test") | SHORT | changes)
+        shutil.copytree(synthetic, tmp_path / "images")
+        (tmp_path / "images/SYNTHETIC.json").unlink()
+        return Kaggle(tmp_path)
 
     return prepare
 
 
-def test_kernel_after_kernel_ends_in_the_report(rehearse):
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_kernel_after_kernel_takes_up_what_is_attached(rehearse, count):
     there = rehearse()
-    for number, notebook in enumerate(runs.NOTEBOOKS):
+    for number, notebook in enumerate(list(settings.SERIES)[:count]):
         output = there.run(notebook, old_layout=number % 2 == 1) / "runs/test"
         assert runs.read_stage(output, notebook)["finished"]
         assert (output / "data/images.npy").exists(), "what is attached comes along"
-    report = json.loads((output / "report/report.json").read_text())
-    assert set(report["models"]) >= {"teacher", "student"}
-    assert all(export["accuracy"] is not None for export in report["exports"])
-    assert (output / "index.html").exists()
+    assert (output / "index.html").exists() == (count == len(settings.SERIES))
 
 
 @pytest.mark.slow
 def test_one_kernel_stopped_by_its_hours_goes_on_in_the_next_session(rehearse):
-    there = rehearse(MAX_HOURS=0.01, PHASE_1_EPOCHS=40)
+    there = rehearse(MAX_HOURS=0.001)
     output = there.run("series")
-    assert (output / "UNFINISHED").exists()
-    profile = there.folders / "code" / "notebooks" / "profiles" / "rehearsal.yaml"
-    values = yaml.safe_load(profile.read_text())
-    profile.write_text(yaml.safe_dump(values | {"MAX_HOURS": 11.5}))
     stopped = runs.read_stage(output / "runs/test", "02_teacher_phase_1")
-    assert not stopped["finished"] and stopped["stopped"]
-    output = there.run("series_again", old_layout=True)
-    assert (output / "FINISHED").exists()
+    assert (output / "UNFINISHED").exists() and not stopped["finished"] and stopped["stopped"]
+    profile = there.folders / "code/notebooks/profiles/test.yaml"
+    profile.write_text(profile.read_text().replace("MAX_HOURS: 0.001", "MAX_HOURS: 11.5"))
+    again = kaggle.write_series(there.folders, ORDER, list(there.outputs), 2)
+    output = there.run(again, old_layout=True)
+    assert (output / "FINISHED").exists() and (output / "runs/test/index.html").exists()
     assert runs.read_stage(output / "runs/test", "02_teacher_phase_1")["id"] == stopped["id"]
-    assert (output / "runs/test/report/report.json").exists()
-    assert (output / "runs/test/index.html").exists()
 
 
-def test_a_kernel_that_goes_on_without_its_earlier_output_ends_at_once(rehearse):
+def test_what_is_not_attached_is_said(rehearse):
     there = rehearse()
-    metadata = json.loads((there.folders / "series_again/kernel-metadata.json").read_text())
-    there.outputs |= {source: there.folders / "code" for source in metadata["kernel_sources"]}
-    with pytest.raises(AssertionError, match="No earlier run is attached"):
-        there.run("series_again")
-
-
-@pytest.mark.parametrize(
-    ("notebook", "missing", "said"),
-    [
-        ("01_data", f"{USER}/{kaggle.CODE}", "Add Input > Datasets > knee-distillation-code"),
-        ("series", f"{USER}/{kaggle.CODE}", "Add Input > Datasets > knee-distillation-code"),
-        ("01_data", DATA, "No images below .*choose Add Input > Datasets"),
-        ("02_teacher_phase_1", f"{USER}/knee-distillation-01-data", "the output of 01_data"),
-        (
-            "05_distillation",
-            f"{USER}/knee-distillation-00-weights",
-            "MobileNetV3Small are not attached and the internet is off",
-        ),
-    ],
-)
-def test_whatever_is_not_attached_is_said_on_one_screen(rehearse, notebook, missing, said):
-    there = rehearse(STUDENT_WEIGHTS="imagenet", STORED_SIZE=128)  # so large that images must be
-    if "weights" in missing and not there.alone:
-        pytest.skip("the network cannot be taken away here")
-    file = there.folders / notebook / "kernel-metadata.json"
-    metadata = json.loads(file.read_text())
-    for sources in (metadata["dataset_sources"], metadata["kernel_sources"]):
-        if missing in sources:
-            sources.remove(missing)
-    earlier = there.root / "earlier"
-    stage = {"id": "a", "finished": True, "opened": 1.0, "seconds": 1.0, "parameters": {}}
-    runs.write_json(earlier / "runs/test/data/stage.json", stage)
-    (there.root / "weights").mkdir()
-    for source in metadata["kernel_sources"]:
-        there.outputs[source] = there.root / "weights" if "weights" in source else earlier
-    file.write_text(json.dumps(metadata))
-    with pytest.raises(AssertionError, match=said):
-        there.run(notebook)
+    for kernel, missing, said in (
+        ("01_data", CODE, "attach the code dataset"),
+        ("series", CODE, "No code is attached: Add Input > Datasets"),
+        ("02_teacher_phase_1", "jane/knee-distillation-01-data", "run notebook 01_data first"),
+    ):
+        with pytest.raises(AssertionError, match=said):
+            there.run(kernel, without=[missing])

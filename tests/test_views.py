@@ -1,246 +1,125 @@
-"""Views are pure functions of (seed, image, view); batches of (seed, epoch)."""
-
-import hashlib
-import os
-import subprocess
-import sys
+"""Views are a pure function of (seed, image, view), at any size; order depends on (seed, epoch)."""
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from utils import views
 
-FULL = {
+ALL = {
     "flip": True,
-    "rotation": 7.0,
-    "shift": 0.05,
+    "rotation": 10.0,
+    "shift": 0.1,
     "zoom": 0.1,
     "brightness": 0.1,
-    "contrast": 0.1,
-    "cutout": 60 / 384,
+    "contrast": 0.2,
+    "cutout": 0.25,
 }
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (20, 32, 32, 1), dtype="uint8")
+TARGETS = np.arange(20, dtype="float32")[:, None]
 
 
-@pytest.fixture(scope="module")
-def pixels():
-    """Smooth pictures, so that resizing before or after a turn is nearly the same."""
-    coarse = np.random.default_rng(0).integers(0, 256, (23, 6, 6), "uint8")
-    large = [Image.fromarray(c).resize((48, 48), Image.Resampling.BICUBIC) for c in coarse]
-    return np.stack([np.asarray(image) for image in large])[..., None]
+def batches_of(epoch, **changes):
+    options = {"batch_size": 4, "seed": 3, "augmentation": ALL, "epoch": lambda: epoch}
+    dataset = views.training_batches(PIXELS, TARGETS, **(options | changes))
+    return [[np.asarray(part) for part in batch] for batch in dataset]
 
 
-@pytest.fixture(scope="module")
-def labels():
-    return np.array([0] * 14 + [1] * 6 + [2] * 3)
+def test_a_view_depends_on_its_own_numbers_alone():
+    few, many = views.parameters(1, 5, 2, ALL), views.parameters(1, 50, 2, ALL)
+    assert np.array_equal(few, many[:5]) and few.shape == (5, 12) and few.dtype == np.float32
+    assert not np.array_equal(few, views.parameters(1, 5, 3, ALL))
+    assert not np.array_equal(few, views.parameters(2, 5, 2, ALL))
+    with pytest.raises(ValueError, match="rotate"):
+        views.parameters(1, 5, 2, {"rotate": 3})
 
 
-@pytest.fixture(scope="module")
-def targets(labels):
-    return np.eye(3, dtype="float32")[labels]
+def test_without_augmentation_the_image_stays():
+    same = views.augment(PIXELS, views.parameters(0, 20, 0, None))
+    assert np.allclose(same, PIXELS, atol=1e-3)
 
 
-def collect(dataset):
-    return [
-        tuple(a.numpy() for a in (batch if isinstance(batch, tuple) else (batch,)))
-        for batch in dataset
-    ]
+def test_each_kind_of_change_does_what_it_says():
+    def changed(**augmentation):
+        return np.asarray(views.augment(PIXELS, views.parameters(0, 20, 0, augmentation)))
+
+    flipped = changed(flip=True)
+    mirrored = [np.allclose(a, b[:, ::-1], atol=1e-2) for a, b in zip(flipped, PIXELS, strict=True)]
+    assert 4 < sum(mirrored) < 16
+    brighter = changed(brightness=0.2) - PIXELS
+    assert np.abs(np.median(brighter, axis=(1, 2, 3))).max() > 10
+    assert (changed(cutout=0.5) == views.GRAY).mean() > 0.1
+    for name in ("rotation", "shift", "zoom", "contrast"):
+        out = changed(**{name: 20.0 if name == "rotation" else 0.3})
+        assert not np.allclose(out, PIXELS, atol=1) and out.min() >= 0 and out.max() <= 255
 
 
-def digest(batches):
-    joined = b"".join(array.tobytes() for batch in batches for array in batch)
-    return hashlib.sha256(joined).hexdigest()
+def test_a_view_at_two_sizes_shows_the_same():
+    smooth = np.zeros((1, 64, 64, 1), "uint8")
+    smooth[:, 10:30, 20:50] = 200
+    small = smooth.reshape(1, 32, 2, 32, 2, 1).mean((2, 4)).astype("uint8")
+    drawn = views.parameters(5, 1, 1, {"rotation": 20.0, "shift": 0.2})
+    large = np.asarray(views.augment(smooth, drawn)).reshape(1, 32, 2, 32, 2, 1).mean((2, 4))
+    assert np.abs(large - np.asarray(views.augment(small, drawn))).mean() < 3
 
 
-def train(pixels, targets, **changes):
-    settings = {"batch_size": 5, "epochs": 3, "seed": 4, "augmentation": FULL} | changes
-    return views.training_batches(pixels, targets, **settings)
+def test_an_epoch_shows_each_image_once_and_can_be_made_again():
+    first, again, other = batches_of(0), batches_of(0), batches_of(1)
+    rows = np.concatenate([y[:, 0] for _, y in first])
+    assert sorted(rows) == list(range(20))
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(rows, np.concatenate([y[:, 0] for _, y in other]))
 
 
-# ---------------------------------------------------------------- parameters and augment
+def test_iterating_again_asks_for_the_epoch_again():
+    epochs = iter(range(10))
+    now = {"epoch": 0}
+    dataset = views.training_batches(
+        PIXELS, TARGETS, batch_size=4, seed=3, augmentation=ALL, epoch=lambda: now["epoch"]
+    )
+    seen = []
+    for _ in range(3):
+        now["epoch"] = next(epochs)
+        seen.append(np.concatenate([np.asarray(x) for x, _ in dataset]))
+    for epoch, x in enumerate(seen):
+        assert np.array_equal(x, np.concatenate([x for x, _ in batches_of(epoch)]))
 
 
-def test_a_row_depends_on_seed_image_and_view_alone():
-    few, many = views.view_parameters(1, 5, 2, FULL), views.view_parameters(1, 50, 2, FULL)
-    assert few.dtype == np.float32 and few.shape == (5, 12)
-    assert (many[:5] == few).all()
-    assert len(np.unique(many, axis=0)) == 50
-    assert (views.view_parameters(2, 5, 2, FULL) != few).any()
-    assert (views.view_parameters(1, 5, 3, FULL) != few).any()
-
-
-def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="not \\['rotate'\\]"):
-        views.view_parameters(0, 3, 0, {"rotate": 3})
-
-
-def test_nothing_asked_gives_the_image_itself(pixels):
-    for nothing in (None, {}, dict.fromkeys(FULL, 0)):
-        out = views.augment(pixels, views.view_parameters(0, len(pixels), 5, nothing))
-        assert (np.asarray(out) == pixels).all()
-
-
-def test_flip_mirrors_about_half_of_the_images(pixels):
-    out = views.augment(pixels, views.view_parameters(0, len(pixels), 0, {"flip": True}))
-    mirrored = (np.abs(np.asarray(out) - pixels[:, :, ::-1]) < 1e-3).all((1, 2, 3))
-    kept = (np.asarray(out) == pixels).all((1, 2, 3))
-    assert (mirrored ^ kept).all() and 5 < mirrored.sum() < 18
-
-
-def test_a_shift_moves_by_a_fraction_of_the_side(pixels):
-    parameters = np.tile(np.float32([1, 0, 0.25, 0, 1, 0, 1, 0, 0, 0, 0, 0]), (len(pixels), 1))
-    out = np.asarray(views.augment(pixels, parameters))
-    assert np.abs(out[:, :, :36] - pixels[:, :, 12:]).max() < 1e-3
-    assert np.abs(out[:, :, 36:] - pixels[:, :, -1:]).max() < 1e-3  # the border is repeated
-
-
-def test_a_quarter_turn_is_a_quarter_turn(pixels):
-    parameters = np.tile(np.float32([0, -1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0]), (len(pixels), 1))
-    out = np.asarray(views.augment(pixels, parameters))
-    assert np.abs(out - np.rot90(pixels, axes=(1, 2))).max() < 1e-2
-
-
-def test_brightness_contrast_and_their_limits(pixels):
-    parameters = views.view_parameters(0, len(pixels), 0, {"brightness": 0.4, "contrast": 0.4})
-    out = np.asarray(views.augment(pixels, parameters))
-    gain, offset = parameters[:, 6, None, None, None], parameters[:, 7, None, None, None]
-    assert np.abs(out - np.clip(pixels * gain + offset, 0, 255)).max() < 1e-3
-    assert gain.min() >= 0.6 and gain.max() <= 1.4 and np.ptp(gain) > 0.3
-    assert out.min() >= 0 and out.max() <= 255
-
-
-def test_cutout_blanks_a_square_of_the_stated_side(pixels):
-    parameters = views.view_parameters(0, len(pixels), 0, {"cutout": 0.25})
-    blank = np.asarray(views.augment(pixels, parameters))[..., 0] == views.GRAY
-    sides = np.stack([blank.any(1).sum(1), blank.any(2).sum(1)], axis=1)
-    assert sides.max() in (12, 13) and (sides[:, 0] * sides[:, 1] == blank.sum((1, 2))).all()
-    assert (blank.sum((1, 2)) >= 30).all()  # the centre is inside: a quarter remains at a corner
-
-
-def test_teacher_and_student_sizes_see_the_same_view(pixels):
-    parameters = views.view_parameters(3, len(pixels), 1, FULL)
-    small = pixels.reshape(-1, 24, 2, 24, 2, 1).mean((2, 4))
-    teacher = np.asarray(views.augment(pixels, parameters)).reshape(-1, 24, 2, 24, 2, 1)
-    student = np.asarray(views.augment(small, parameters))
-    difference = np.abs(teacher.mean((2, 4)) - student)
-    other = views.augment(small, views.view_parameters(3, len(pixels), 2, FULL))
-    assert np.median(difference) < 1
-    assert np.mean(difference) < 0.1 * np.abs(np.asarray(other) - student).mean()
-
-
-# ---------------------------------------------------------------- batches
-
-
-def digests(calls):
-    """Of one view in batches of 4 and of 23, and of all training batches of three epochs."""
-    pixels = np.random.default_rng(0).integers(0, 256, (23, 48, 48, 1), "uint8")
-    targets = np.eye(3, dtype="float32")[np.arange(23) % 3]
-    one_view = {"view": 2, "seed": 9, "augmentation": FULL, "parallel_calls": calls}
-    found = [digest(collect(views.view_batches(pixels, batch_size=n, **one_view))) for n in (4, 23)]
-    return [*found, digest(collect(train(pixels, targets, parallel_calls=calls)[0]))]
-
-
-def test_two_processes_and_any_number_of_parallel_calls_give_identical_bytes():
-    code = "import sys; sys.path[:0] = ['tests', '.']; import test_views as t; print(*t.digests(1))"
-    environment = os.environ | {"TF_NUM_INTRAOP_THREADS": "1"}
-    other = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    here = digests(7)
-    assert here == digests(3) == other.split()
-    assert here[0] == here[1]  # however the rows are cut into batches
-
-
-def test_every_epoch_shows_every_image_once_in_its_view(pixels, targets):
-    marked = np.c_[targets, np.arange(len(pixels))]
-    dataset, steps = train(pixels, marked, batch_size=23)
-    assert steps == 1 and dataset.cardinality() == 3
-    orders = []
-    for epoch, (x, y) in enumerate(collect(dataset)):
-        order = y[:, 3].astype(int)
-        expected = views.augment(pixels, views.view_parameters(4, 23, epoch, FULL))
-        assert (x == np.asarray(expected)[order]).all()
-        assert (y == marked[order]).all() and sorted(order) == list(range(23))
-        orders.append(order.tolist())
-    assert orders[0] != orders[1] != orders[2]
-
-
-def test_resuming_at_any_epoch_gives_the_batches_of_an_uninterrupted_run(pixels, targets):
-    whole, steps = train(pixels, targets, epochs=4, views=3)
-    whole = collect(whole)
-    assert len(whole) == 4 * steps == 16
-    for first in (1, 3):
-        rest = collect(train(pixels, targets, epochs=4, views=3, first_epoch=first)[0])
-        assert digest(rest) == digest(whole[first * steps :])
-
-
-def test_targets_follow_the_view(pixels, targets):
+def test_stored_views_come_again_with_their_targets():
     asked = []
 
-    def teacher(view):
+    def targets(view):
         asked.append(view)
-        return np.full((23, 2), view, "float32")
+        return TARGETS + 100 * view
 
-    batches = collect(train(pixels, teacher, epochs=5, views=2)[0])
-    assert [batch[1][0, 0] for batch in batches[::4]] == [0, 1, 0, 1, 0]
-    assert set(asked) == {0, 1}
-    shifted = collect(train(pixels, teacher, epochs=2, first_view=6)[0])
-    assert [batch[1][0, 0] for batch in shifted[::4]] == [6, 7]
-
-
-def test_the_order_can_have_a_seed_of_its_own(pixels, targets):
-    marked = np.c_[targets, np.arange(23)]
-    one, two = (collect(train(pixels, marked, order_seed=s, batch_size=23)[0])[0] for s in (1, 2))
-    assert (one[1] != two[1]).any()
-    assert (one[0][np.argsort(one[1][:, 3])] == two[0][np.argsort(two[1][:, 3])]).all()
-
-
-def test_class_weights_multiply_the_weights_given(pixels, targets, labels):
-    given = np.linspace(1, 2, 23)
-    settings = {"balance": "class_weight", "labels": labels, "shuffle": False, "epochs": 1}
-    batches = collect(train(pixels, targets, weights=given, batch_size=23, **settings)[0])
-    weights = batches[0][2] / given
-    totals = [weights[labels == c].sum() for c in range(3)]
-    assert weights.mean() == pytest.approx(1) and totals == pytest.approx([23 / 3] * 3)
-    assert len(collect(train(pixels, targets)[0])[0]) == 2  # no weights, no third column
+    data = batches_of(7, views=3)
+    dataset = views.training_batches(
+        PIXELS, targets, batch_size=4, seed=3, augmentation=ALL, epoch=lambda: 7, views=3
+    )
+    for (x, _), (x_again, y) in zip(data, dataset, strict=True):
+        assert np.array_equal(x, np.asarray(x_again)) and (np.asarray(y) >= 100).all()
+    assert set(asked) == {1}
+    one_view = np.concatenate(
+        [np.asarray(x) for x in views.view_batches(PIXELS, view=1, seed=3, augmentation=ALL)]
+    )
+    rows = np.concatenate([np.asarray(y)[:, 0] - 100 for _, y in dataset]).astype(int)
+    assert np.allclose(np.concatenate([x for x, _ in data]), one_view[rows], atol=1e-3)
 
 
-def test_resampling_draws_the_classes_equally(pixels, targets, labels):
-    dataset, _ = train(pixels, targets, balance="resample", labels=labels, batch_size=23, epochs=3)
-    for _, y in collect(dataset):
-        assert sorted(y.sum(0)) == [7, 8, 8]
-    order = views.epoch_order(23, 0, seed=0, balance="resample", labels=labels)
-    repeats = np.bincount(order, minlength=23)
-    for c in range(3):
-        assert np.ptp(repeats[labels == c]) <= 1
+def test_evaluation_batches_are_whole_and_even():
+    shown = list(views.evaluation_batches(PIXELS, TARGETS, batch_size=9))
+    assert [len(x) for x, _ in shown] == [6, 7, 7]
+    assert np.array_equal(np.concatenate([x for x, _ in shown]), PIXELS)
+    assert np.array_equal(np.concatenate([y for _, y in shown]), TARGETS)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 24}, "23 training images do not fill one batch of 24"),
-        ({"balance": "both"}, "balance is"),
-        ({"balance": "resample"}, "needs labels"),
-    ],
-)
-def test_what_cannot_work_is_refused(changes, message, pixels, targets):
-    with pytest.raises(ValueError, match=message):
-        train(pixels, targets, **changes)
-
-
-def test_targets_of_another_length_are_refused(pixels, targets):
+def test_weights_and_bad_input():
+    weights = views.class_weights(np.array([0, 0, 0, 1]))
+    assert weights.mean() == pytest.approx(1) and weights[3] == pytest.approx(3 * weights[0])
+    assert len(batches_of(0, weights=np.ones(20))[0]) == 3
+    with pytest.raises(ValueError, match="lower it"):
+        batches_of(0, batch_size=21)
     with pytest.raises(ValueError, match="targets have shape"):
-        train(pixels, targets[:5])
-
-
-def test_evaluation_gives_the_images_as_they_are(pixels, targets):
-    batches = collect(views.evaluation_batches(pixels, targets, batch_size=10))
-    assert [len(x) for x, _ in batches] == [10, 10, 3]
-    assert (np.concatenate([x for x, _ in batches]) == pixels).all()
-    assert (np.concatenate([y for _, y in batches]) == targets).all()
-    (x,) = collect(views.evaluation_batches(pixels, batch_size=23))[0]
-    assert x.dtype == np.float32
-
-
-def test_a_view_of_all_images_is_in_row_order(pixels):
-    batches = views.view_batches(pixels, view=3, seed=4, augmentation=FULL, batch_size=10)
-    expected = views.augment(pixels, views.view_parameters(4, 23, 3, FULL))
-    assert (np.concatenate([x for (x,) in collect(batches)]) == np.asarray(expected)).all()
+        views.training_batches(
+            PIXELS, TARGETS[:3], batch_size=4, seed=0, augmentation=None, epoch=lambda: 0
+        )

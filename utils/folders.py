@@ -1,287 +1,230 @@
-"""From folders of images to arrays: find a dataset, list it, decode it once. No TensorFlow here."""
+"""Find a dataset of images in folders, and list it. No TensorFlow here."""
 
 import hashlib
 import os
 import re
+from collections import Counter, namedtuple
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
-from utils import runs
+from utils import runs, settings
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SPLITS = ("train", "val", "test")
-NEVER_POOLED = "auto_test"  # in the public knee data: the test patients again, in another crop
-EXTENSIONS = {".png", ".jpg", ".jpeg"}
-PATIENT = re.compile(r"(\d+)[LR](?![0-9A-Za-z])")  # 9001695L.png: the left knee of 9001695
-COPIES = 3  # of all images in memory: as stored, as a model wants them, and TensorFlow's own
-SYNTHETIC = "SYNTHETIC.json"  # phantoms carry it
+SPLITS, SYNTHETIC = settings.SPLITS, settings.SYNTHETIC
+SPLIT = re.compile("(train|val|test)(ing|id|idation)?")
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# 9001695L, 9000012_L, P1000_left_V00, 123-R: a patient's number, then the side.
+PATIENT = r"(?i)(?:^|/)([a-z]*[0-9]+)[ _-]?(?:left|right|l|r)(?![a-z0-9])[^/]*$"
+
+Contents = namedtuple("Contents", "folders images others")  # lists of paths, by name
+
+
+def contents(folder: Path) -> Contents:
+    """What a folder holds, through links, but hidden files, macOS's own and runs of this series."""
+    found = Contents([], [], [])
+    try:
+        paths = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+    except OSError:  # nobody may read it: it counts as empty
+        return found
+    for path in paths:
+        if path.is_dir():
+            found.folders.extend([path] * (not (path / "data/stage.json").exists()))
+        elif path.suffix.lower() in EXTENSIONS:
+            found.images.append(path)
+        elif path.name not in (SYNTHETIC, "FAULTS.json"):
+            found.others.append(path)
+    return found
+
+
+def classes(folder: Path) -> list[Path]:
+    """Subfolders that directly hold images."""
+    return [child for child in contents(folder).folders if contents(child).images]
+
+
+def kinds(folder: Path) -> list[str]:
+    """Names of folders that several classes have inside, and that are no patients' numbers."""
+    inside = Counter(c.name for cls in contents(folder).folders for c in classes(cls))
+    return sorted(name for name, n in inside.items() if n > 1 and not re.search(r"\d", name))
+
+
+def not_read(others: list[Path]) -> str:
+    """Files counted by extension, such as "Not read: 12 .dcm, 1 .csv."; "" for none."""
+    counts = Counter(path.suffix.lower() or "without extension" for path in others).most_common()
+    return f"Not read: {listing([f'{n} {ending}' for ending, n in counts])}." if counts else ""
 
 
 def find_dataset(data_dir: str | Path = "") -> Path | None:
-    """The folder that holds `train/class/image`, or `class/image` without splits.
+    """The folder that holds `train/class/image`, or `class/image`, at or below data_dir.
 
-    data_dir: searched with the folders below it; empty: Kaggle's input mount, in either of its
-    layouts, or None where there is none. FileNotFoundError lists what was searched under a given
-    data_dir; ValueError lists the candidates if there are several.
+    data_dir: empty: Kaggle's input mount, without synthetic X-rays; None where nothing is attached.
+    Raises FileNotFoundError (nothing there) or ValueError (several datasets).
     """
-    root, mount = Path(data_dir or runs.kaggle_input()), runs.kaggle_input()
-    if not root.is_dir():
-        if not data_dir:
-            return None
-        raise FileNotFoundError(f"DATA_DIR: no folder {root.absolute()}")
-    split, flat, searched = _candidates(root, synthetic_too=root != mount)
-    found = split or flat
-    if len(found) == 1 or root in found:
-        return root if root in found else found[0]
-    if found:
-        raise ValueError(
-            f"{len(found)} datasets under {root}; set DATA_DIR to one of: "
-            + some([str(f) for f in found])
+    root, others = settings.resolve(data_dir) if data_dir else runs.kaggle_input(), []
+
+    def search(folder, levels=6):
+        inside = contents(folder)
+        others.extend(inside.others)
+        if not data_dir and (folder / SYNTHETIC).exists():
+            return []
+        splits = [c for c in inside.folders if SPLIT.fullmatch(c.name.lower())]
+        deep = [place for c in splits for place in (c, *contents(c).folders)]
+        if any(map(classes, deep)) or len(classes(folder)) > 1:
+            return [folder]
+        return [f for c in inside.folders for f in search(c, levels - 1)] if levels else []
+
+    found = search(root)
+    # `0/Image` and `0/Edges` look like a dataset each; the folder above holds the classes.
+    if len(found) > 1 and len({f.parent for f in found}) == 1 and kinds(found[0].parent):
+        return found[0].parent
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} datasets; set DATA_DIR to one of: {listing(found)}.")
+    if data_dir and not found:
+        raise FileNotFoundError(
+            f"There is no train/<class>/<image> or <class>/<image> below {root}. "
+            f"{not_read(others) or 'No file is there.'} Read are {', '.join(sorted(EXTENSIONS))}."
         )
-    if not data_dir:
-        return None
-    raise FileNotFoundError(
-        f"no train/<class>/<image> (png, jpg) under {root.absolute()}; searched "
-        f"{len(searched)} folders: {some([str(s) for s in searched], 8)}"
-    )
+    return found[0] if found else None
 
 
-def weights_names(backbone: str) -> list[str]:
-    """File names under which a backbone's ImageNet weights may be attached: ours, then Keras's."""
-    short = backbone.lower()
-    if short.startswith("efficientnetv2"):
-        official = f"efficientnetv2-{short.removeprefix('efficientnetv2')}_notop.h5"
-    else:
-        size = short.removeprefix("mobilenetv3")
-        official = f"weights_mobilenet_v3_{size}_224_1.0_float_no_top_v2.h5"
-    return [f"{short}_notop.weights.h5", f"{short}_notop.h5", official]
+def scan(
+    folder: Path, class_order: Iterable[str] = (), ordered: bool = True, patient_pattern: str = ""
+) -> tuple[pd.DataFrame, dict]:
+    """List the images of a dataset and read their bytes, without decoding them.
 
-
-def attached_weights(backbone: str) -> Path | None:
-    """The attached file of a backbone's ImageNet weights on Kaggle; None where there is none."""
-    wanted = weights_names(backbone)
-    found = [p for p in runs.kaggle_input().rglob("*.h5") if p.name.lower() in wanted]
-    return min(found, key=lambda p: (wanted.index(p.name.lower()), str(p)), default=None)
-
-
-def _candidates(root: Path, synthetic_too: bool, depth: int = 6):
-    """Dataset folders with splits and without, and all folders looked into, breadth first."""
-    split, flat, searched, level = [], [], [], [root]
-    for _ in range(depth):
-        below = []
-        for folder in level:
-            searched.append(folder)
-            children = _subfolders(folder)
-            if not synthetic_too and (folder / SYNTHETIC).exists():
-                continue  # phantoms in an attached notebook's output are no find
-            if (folder / "data" / "stage.json").exists():
-                continue  # an earlier run, whose folders of figures are no classes
-            if any(c.name.lower() == "train" and _class_folders(c) for c in children):
-                split.append(folder)
-            elif len(_class_folders(folder)) > 1 and (
-                folder == root or folder.name.lower() not in SPLIT_NAMES
-            ):
-                flat.append(folder)
-            else:
-                below += children
-        level = below
-    return split, flat, searched
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    return [folder / name for name in sorted(names)]
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    """Subfolders that directly hold an image."""
-    return [
-        child
-        for child in _subfolders(folder)
-        if any(Path(name).suffix.lower() in EXTENSIONS for name in os.listdir(child))  # noqa: PTH208 - names are enough
-    ]
-
-
-def scan(folder: Path) -> tuple[pd.DataFrame, dict]:
-    """List the images of a dataset without opening them.
-
-    Returns (table, found). table has a row per image, in the order of split and name: image (path
-    relative to folder), split ("train", "val" or "test"), class, grade (index of the class),
-    patient. found: class_names, names_shown ("KL 0" for "0" where all are 0 to 4), patient_rule
-    (share of the names that tell the patient; the others count as a patient each), notes.
-    ValueError for fewer than two classes, a class that train lacks, or a split that stands twice.
+    class_order, ordered, patient_pattern: as notebook 01 takes them; the pattern is searched in a
+    file's path below folder. Returns (table, found). table has a row per image: image (path below
+    folder), split, class, grade (index of the class), patient (the image's own name where the
+    pattern finds none), path and sha (of the bytes; "" if unreadable). found: class_names,
+    patient_rule (share of the images whose patient is known), notes. ValueError: unusable folders.
     """
-    folder = Path(folder)
-    splits, notes = _split_folders(folder)
-    rows = []
-    for split in sorted(splits, key=SPLITS.index):
-        for class_folder in _subfolders(splits[split]):
-            for path in sorted(class_folder.iterdir()):
-                if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-                    relative = path.relative_to(folder)
-                    rows.append((relative.as_posix(), split, class_folder.name))
-    table = pd.DataFrame(rows, columns=["image", "split", "class"])
-    named = set(table["class"])
-    if folder not in splits.values():  # a class folder without images is a class that lacks them
-        named |= {c.name for split_folder in splits.values() for c in _subfolders(split_folder)}
-    class_names = sorted(named, key=_natural)
-    check_classes(table, class_names, set(splits))
-    table["grade"] = table["class"].map({name: i for i, name in enumerate(class_names)})
-    matches = [PATIENT.match(Path(image).name) for image in table["image"]]
-    known = np.array([m is not None for m in matches])
-    table["patient"] = [
-        m[1] if m else str(Path(image).with_suffix(""))
-        for m, image in zip(matches, table["image"], strict=True)
-    ]
-    if not known.all():
-        notes.append(
-            f"{(~known).sum()} of {len(known)} file names do not begin with a patient's number and "
-            "L or R: each of those images counts as a patient of its own"
-        )
-    found = {
-        "class_names": class_names,
-        "names_shown": shown_names(class_names),
-        "patient_rule": float(known.mean()),
-        "notes": notes,
-    }
-    return table, found
+    rows, named, others = [], set(), []
+    splits, notes = _splits(folder)
+    for split, place in splits.items():
+        while len(inside := contents(place).folders) == 1 and not contents(inside[0]).images:
+            place = inside[0]  # train/knees/0/…
+        if several := kinds(place):
+            raise ValueError(
+                f"The classes in {place} have folders inside ({listing(several)}): several "
+                "pictures of one patient. Keep one kind, its images directly in the class folder."
+            )
+        for cls in inside:
+            name = printable(cls.name)
+            for deep in (cls, *contents(cls).folders):  # class/image or class/patient/image
+                found = contents(deep)
+                own = None if deep == cls else printable(deep.name)
+                rows += [(path, split, name, own) for path in found.images]
+                others += found.others
+                if found.images or place != folder:
+                    named.add(name)
+    table = pd.DataFrame(rows, columns=["path", "split", "class", "patient"])
+    class_names = order_classes(named, class_order, ordered)
+    check_classes(table, class_names, list(splits))
+    table["grade"] = table["class"].map(class_names.index)
+    table["image"] = [printable(path.relative_to(folder).as_posix()) for path in table["path"]]
+    patient = table["image"].str.extract(patient_pattern or PATIENT)[0].fillna(table["patient"])
+    table["patient"] = patient.fillna(table["image"].str.rpartition(".")[0])
+    if unknown := int(patient.isna().sum()):
+        counted = "each of those images counts as a patient of its own (PATIENT_PATTERN)"
+        notes.append(f"{unknown} of {len(table)} file names do not tell the patient: {counted}")
+    notes += [not_read(others)] * bool(others)
+    with ThreadPoolExecutor() as pool:
+        table["sha"] = list(pool.map(_sha, table["path"]))
+    rule = float(patient.notna().mean())
+    return table, {"class_names": class_names, "patient_rule": rule, "notes": notes}
 
 
-def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """({"train": its folder, ...}, notes on the folders that are left out)."""
+def check_folder(values: Mapping, quiet: bool = False) -> tuple[Path | None, dict[str, str]]:
+    """Find and list the images before anything is drawn or decoded; print what changed.
+
+    values: the parameters of notebook 01. Returns (the dataset's folder, None where X-rays will be
+    drawn; what identifies the images). Raises as `find_dataset` and `scan` do.
+    """
+    source = find_dataset(values["DATA_DIR"])
+    if source is None:
+        return None, {"images": "drawn"}
+    names = ("CLASS_ORDER", "ORDERED", "PATIENT_PATTERN")
+    table, _ = scan(source, *(values[name] for name in names))
+    before = runs.run_folder(values["RUN_DIR"]) / "data/files.csv"
+    if before.exists() and not quiet:
+        old = pd.read_csv(before, dtype=str, keep_default_na=False)
+        both = old.merge(table, "outer", "image", suffixes=("_old", "")).query("sha != sha_old")
+        what = np.where(both["sha_old"].isna(), "new", "changed")
+        for kind, images in both["image"].groupby(np.where(both["sha"].isna(), "gone", what)):
+            print(f"{len(images)} image{'s' * (len(images) > 1)} {kind}: {listing(images)}")
+    listed = table[["image", "split", "class", "sha"]].sort_values("image").to_csv(index=False)
+    return source, {"images": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def _sha(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _splits(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """({"train": its folder, ...}, notes on what is left out)."""
     splits, ignored, notes = {}, [], []
-    for child in _subfolders(folder):
-        name = SPLIT_NAMES.get(child.name.lower())
-        if name is None:
-            ignored.append(child.name)
-        elif name in splits:
-            raise ValueError(f"{folder}: {splits[name].name} and {child.name} both name {name}")
+    for child in contents(folder).folders:
+        match = SPLIT.fullmatch(child.name.lower())
+        if match is None:
+            ignored.append(printable(child.name))
+        elif (name := match[1]) in splits:
+            raise ValueError(f"{folder}: {splits[name].name} and {child.name} both name {name}.")
+        elif contents(child).images and not classes(child) and name != "train":
+            notes.append(f"{child.name} is left out: its images are in no class folder")
         else:
             splits[name] = child
-    if not splits:  # class/image: all of it is train until val and test are carved out
+    if not splits and not notes:  # class/image: all of it is train until val and test are carved
         return {"train": folder}, ["no split folders: all images count as train"]
     if "train" not in splits:
-        raise ValueError(f"{folder} has no train folder, only {sorted(splits)}")
-    if NEVER_POOLED in [name.lower() for name in ignored]:
-        notes.append(f"{NEVER_POOLED} is left out: it repeats the test patients in another crop")
-    if others := [name for name in ignored if name.lower() != NEVER_POOLED]:
-        notes.append(f"folders left out, as they name no split: {some(others)}")
-    return splits, notes
+        raise ValueError(f"{folder} has no train folder, only {listing(sorted(splits) or notes)}.")
+    if ignored:
+        notes.append(f"folders left out, as they name no split: {listing(ignored)}")
+    return {name: splits[name] for name in SPLITS if name in splits}, notes
 
 
-def shown_names(class_names: list[str]) -> list[str]:
-    """Kellgren-Lawrence grades by their name, any other class as its folder is called."""
-    kl = set(class_names) <= set("01234")
-    return [f"KL {name}" if kl else name for name in class_names]
-
-
-def _natural(name: str):
-    """Sort key that puts 2 before 10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.findall(r"\d+|\D+", name)]
-
-
-def check_classes(table: pd.DataFrame, class_names: list[str], splits: set[str]) -> list[str]:
-    """Notes on classes that val or test lacks; ValueError if train lacks one, or a split is empty.
-
-    table: columns split and class; splits: the splits that there should be.
-    """
-    if len(class_names) < 2:
-        raise ValueError(f"one class or none ({class_names}): there is nothing to tell apart")
-    counts = pd.crosstab(table["class"], table["split"]).reindex(
-        index=class_names, columns=sorted(splits), fill_value=0
-    )
-    if empty := list(counts.columns[counts.sum() == 0]):
-        raise ValueError(f"no image in split {', '.join(empty)}: fill the folder or remove it")
-    if absent := list(counts.index[counts["train"] == 0]):
+def order_classes(names: Iterable[str], class_order: Iterable[str], ordered: bool) -> list[str]:
+    """Class names from least to most: as given, by the number in each, or without an order."""
+    names = sorted(names)
+    if len(names) < 2:
+        raise ValueError(f"Two classes are the least; found: {listing(names) or 'none'}.")
+    if class_order:
+        if sorted(class_order) != names:
+            raise ValueError(f"CLASS_ORDER is {list(class_order)}; the classes are {names}.")
+        return list(class_order)
+    numbers = {name: int(found[0]) for name in names if (found := re.search(r"\d+", name))}
+    if len(set(numbers.values())) == len(names):
+        return sorted(names, key=numbers.get)
+    if ordered:
         raise ValueError(
-            f"class {', '.join(absent)} has no image in train: no model can learn it. "
-            f"Classes found: {', '.join(class_names)}"
+            f"The class names tell no order: {listing(names, 20)}. Set CLASS_ORDER to all of them, "
+            "from least to most, or ORDERED to false."
         )
-    return [
-        f"{split} has no image of class {name}"
-        for split in counts.columns
-        for name in counts.index[counts[split] == 0]
-    ]
+    return names
 
 
-def decode(folder: Path, table: pd.DataFrame, size: int) -> tuple[np.ndarray, pd.DataFrame]:
-    """Read every image once, in threads.
-
-    Returns (images, facts). images: uint8 (n, size, size, 1), gray, padded with black to a square
-    and resized with antialiasing; 16-bit images are scaled by the bits that they use. facts: table
-    and the columns width, height, bits, pixels (sha256 of the decoded gray values), constant,
-    problem ("" or why the file could not be read: its row of images is black).
-
-    Raises:
-        MemoryError: so many images of this size do not fit, with the copies that training makes.
-    """
-    needed, free = COPIES * len(table) * size**2, psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(
-            f"{len(table):,} images at {size} px and the copies that training makes take "
-            f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: lower STORED_SIZE."
-        )
-    images = np.zeros((len(table), size, size, 1), "uint8")
-
-    def one(row):
-        index, name = row
-        facts = {"width": 0, "height": 0, "bits": 0, "pixels": "", "constant": False, "problem": ""}
-        try:
-            gray, facts["bits"] = read_gray(Path(folder) / name)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return facts | {"problem": _problem(Path(folder) / name, error)}
-        facts["height"], facts["width"] = gray.shape
-        facts["pixels"] = hashlib.sha256(repr(gray.shape).encode() + gray.tobytes()).hexdigest()
-        facts["constant"] = bool(gray.min() == gray.max())
-        images[index, :, :, 0] = square(gray, size)
-        return facts
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(one, enumerate(table["image"]))
-        facts = list(tqdm(rows, total=len(table), desc="decode", disable=runs.batch_mode()))
-    return images, pd.concat([table.reset_index(drop=True), pd.DataFrame(facts)], axis=1)
+def check_classes(table: pd.DataFrame, class_names: list[str], splits: list[str]) -> pd.DataFrame:
+    """Images of each class (column) in each split (row); ValueError: train lacks one."""
+    counts = pd.crosstab(table["split"], table["class"])
+    counts = counts.reindex(index=splits, columns=class_names, fill_value=0)
+    if empty := list(counts.index[~counts.any(axis=1)]):
+        raise ValueError(f"There is no image in {', '.join(empty)}: fill the folder or remove it.")
+    if absent := list(counts.columns[counts.loc["train"] == 0]):
+        raise ValueError(f"Train has no image of class {listing(absent)}: no model can learn it.")
+    return counts
 
 
-def read_gray(path: Path) -> tuple[np.ndarray, int]:
-    """Decode a PNG or JPEG, gray or colour: (uint8 (height, width), bits used). OSError if bad.
-
-    Deep gray images are divided by the largest value of 10, 12, 14 or 16 bits that holds them:
-    radiographs of 12 bits often come in files of 16.
-    """
-    with Image.open(path, formats=("PNG", "JPEG")) as image:
-        image = ImageOps.exif_transpose(image)
-        if not image.mode.startswith("I"):
-            return np.asarray(image.convert("L")), 8
-        values = np.asarray(image).astype("float32")
-    bits = next((b for b in (8, 10, 12, 14) if values.max() < 2**b), 16)
-    return np.round(values * (255 / (2**bits - 1))).clip(0, 255).astype("uint8"), bits
+def printable(name: str) -> str:
+    """A file name whose bytes are no UTF-8, with those bytes as \\x…; any other as it is."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def square(gray: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (h, w) to (size, size): aspect kept, black bars, bicubic with antialiasing."""
-    if gray.shape == (size, size):
-        return gray
-    image = Image.fromarray(gray)
-    return np.asarray(ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC))
-
-
-def _problem(path: Path, error: Exception) -> str:
-    if not path.exists():
-        return "missing"
-    if path.stat().st_size == 0:
-        return "empty"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return "truncated" if "truncated" in str(error) else f"unreadable ({error})"
-
-
-def some(names, limit: int = 5) -> str:
+def listing(names: Iterable, limit: int = 5) -> str:
+    """The first names, and how many more there are."""
     names = list(map(str, names))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" * (len(names) > limit))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,10 +1,8 @@
 """Attention and multi-scale fusion, in `keras.ops` alone, so that they run on any Keras backend.
 
 CBAM: Woo, Park, Lee & Kweon, "CBAM: Convolutional Block Attention Module", ECCV 2018,
-https://arxiv.org/abs/1807.06521.
+https://arxiv.org/abs/1807.06521. Keras makes `get_config` from the arguments of `__init__`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -12,6 +10,18 @@ import keras
 from keras import ops
 
 PACKAGE = "knee_distillation"  # the registration name that stands in saved files
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class StochasticDepth(keras.layers.Dropout):
+    """Dropout that rests while it is frozen, as BatchNormalization does.
+
+    Stock Dropout drops whenever `fit` runs: a frozen EfficientNetV2 would give other features in
+    each pass (stochastic depth: Huang et al., ECCV 2016, https://arxiv.org/abs/1603.09382).
+    """
+
+    def call(self, inputs, training=False):
+        return super().call(inputs, training=training and self.trainable)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -27,12 +37,9 @@ class ChannelAttention(keras.layers.Layer):
 
     def build(self, input_shape):
         channels = input_shape[-1]
-        hidden = max(channels // self.reduction, 1)
-        # The parts take this layer's own policy: when a file is loaded, the global one may differ.
-        self.squeeze = keras.layers.Dense(
-            hidden, activation="relu", dtype=self.dtype_policy, name="squeeze"
-        )
-        self.excite = keras.layers.Dense(channels, dtype=self.dtype_policy, name="excite")
+        hidden, dtype = max(channels // self.reduction, 1), self.dtype_policy
+        self.squeeze = keras.layers.Dense(hidden, "relu", dtype=dtype, name="squeeze")
+        self.excite = keras.layers.Dense(channels, dtype=dtype, name="excite")
         self.squeeze.build((None, channels))
         self.excite.build((None, hidden))
 
@@ -44,9 +51,6 @@ class ChannelAttention(keras.layers.Layer):
 
     def call(self, x):
         return x * self.attention_map(x)
-
-    def get_config(self):
-        return {**super().get_config(), "reduction": self.reduction}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -75,16 +79,13 @@ class SpatialAttention(keras.layers.Layer):
     def call(self, x):
         return x * self.attention_map(x)
 
-    def get_config(self):
-        return {**super().get_config(), "kernel_size": self.kernel_size}
-
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class CBAM(keras.layers.Layer):
     """Channel attention, then spatial attention, added to the input: x + spatial(channel(x)).
 
-    float (B, H, W, C) -> same shape and dtype. The residual connection lets the untrained
-    attention pass on what a pretrained backbone sends.
+    float (B, H, W, C) -> same shape and dtype. Through the residual connection, attention that has
+    not learned yet passes on what a pretrained backbone sends.
     """
 
     def __init__(self, reduction: int = 16, kernel_size: int = 7, **kwargs):
@@ -105,32 +106,20 @@ class CBAM(keras.layers.Layer):
     def call(self, x):
         return x + self.spatial(self.channel(x))
 
-    def get_config(self):
-        config = {"reduction": self.reduction, "kernel_size": self.kernel_size}
-        return {**super().get_config(), **config}
-
 
 def fuse_scales(taps: Sequence, channels: int = 256):
     """Bring feature maps of several strides to the coarsest grid, `channels` each, and join them.
 
-    taps: symbolic (B, H, W, C) tensors, square, each side a multiple of the smallest side.
-    Returns a symbolic (B, h, w, channels * len(taps)) tensor on the smallest grid.
-
-    Average pooling rather than bilinear resizing: it looks at every pixel (no aliasing), and the
-    gradient of bilinear resizing breaks XLA under mixed precision (notebook A1).
-
-    Raises:
-        ValueError: if a side is no multiple of the smallest.
+    taps: symbolic (B, H, W, C), square; ValueError unless each side is a multiple of the smallest.
+    Returns a symbolic (B, h, w, channels * len(taps)) on the smallest grid. Average pooling looks
+    at every pixel; the gradient of bilinear resizing breaks XLA under mixed precision (A1).
     """
     coarsest = min(tap.shape[1] for tap in taps)
     fused = []
     for tap in taps:
         side = tap.shape[1]
         if side % coarsest:
-            raise ValueError(
-                f"A tap of side {side} cannot be pooled to side {coarsest}: choose an image size"
-                " that is a multiple of 32."
-            )
+            raise ValueError(f"No pooling from {side} to {coarsest}: use sizes a multiple of 32.")
         name = f"fuse_{side}"
         if side > coarsest:
             tap = keras.layers.AveragePooling2D(side // coarsest, name=f"{name}_pool")(tap)

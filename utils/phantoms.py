@@ -1,89 +1,47 @@
-"""Phantoms: drawn frontal knee radiographs whose joint space narrows with the grade.
+"""Phantoms: synthetic frontal knee X-rays whose joint space narrows with the grade.
 
-They are the data this project carries with it, so that the whole series runs anywhere, within
-minutes and without anybody's images. They are a smoke test that looks right, not a simulator:
-nothing learned from them says anything about real knees.
+The series runs on them anywhere, without anybody's images. They exercise the code; nothing learned
+from them says anything about real knees. Grades follow Kellgren and Lawrence (Annals of the
+Rheumatic Diseases 16, 1957, 494-502), class shares the public OAI radiographs.
 
-What the grade means follows Kellgren and Lawrence, "Radiological assessment of osteo-arthrosis",
-Annals of the Rheumatic Diseases 16 (1957) 494-502:
-
-====  ========  =======================================================================
-KL    name      what the radiologist sees
-====  ========  =======================================================================
-0     none      no feature of osteoarthritis
-1     doubtful  doubtful narrowing of the joint space, possible osteophytic lipping
-2     minimal   definite osteophytes, possible narrowing
-3     moderate  several osteophytes, definite narrowing, some sclerosis, possible deformity
-4     severe    large osteophytes, marked narrowing, severe sclerosis, definite deformity
-====  ========  =======================================================================
-
-How the answer is hidden in an image: the grade gives a severity, ``grade + SPREAD * normal``, and
-everything drawn (joint space, osteophytes, sclerosis, deformity) depends on the severity alone,
-never on the grade. The narrowest joint space is a straight line in severity, so whoever knows it
-knows all that an image can tell, and `bayes_accuracy` is the most that any reader of one image
-can reach. Grades and gray levels are kept apart: exposure is drawn anew for every image after its
-gray levels are standardised.
-
-Lengths are millimetres where named so; otherwise half image sides, with u to the right, v down.
+An image depends on its grade through one number, the severity, `grade + SPREAD * normal`: so
+`bayes_accuracy` is the most that any reader of one image can reach. Lengths are millimetres where
+named so; otherwise half image sides, with u to the right, v down.
 """
 
 import json
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-GRADES = 5
+SHARES = (0.40, 0.18, 0.26, 0.13, 0.03)  # of the grades 0 to 4
 SPREAD = 0.31  # standard deviation of the severity around its grade, in grades
 HEALTHY_MM, STEP_MM = 6.2, 1.45  # mean joint space at KL 0, and what each grade takes away
 FIELD_MM = 90.0  # what an image side shows
 LATERAL = 0.15  # share of knees whose narrow side is the lateral one; the others' is the medial
 CORRELATION = 0.6  # between the severities of a patient's two knees
-SPLITS = ("train", "val", "test")
+LEAKY_CORRELATION, LEAKY_PATTERN = 0.9, 1.2  # for the lesson on leaks, see `knees`
 LABEL = "SYNTHETIC.json"
 
 
-@dataclass(frozen=True)
-class Knee:
-    """What is drawn. Sites of `osteophytes`: femur lateral, femur medial, tibia lateral, medial."""
-
-    severity: float
-    joint_space: tuple[float, float]  # lateral, medial, mm
-    osteophytes: tuple[float, ...]
-    sclerosis: tuple[float, float]  # lateral, medial
-    tilt: float  # of the tibia against the femur, radians, positive is varus
+def bayes_accuracy() -> float:
+    """Accuracy of a reader who knows the true joint space and the class shares."""
+    severity = np.linspace(-3, 7, 20_001)
+    density = np.exp(-(((severity[:, None] - np.arange(5)) / SPREAD) ** 2) / 2)
+    best = (np.array(SHARES) * density).max(-1).sum() * (severity[1] - severity[0])
+    return float(best / (SPREAD * math.sqrt(2 * math.pi)))
 
 
-def bayes_accuracy(spread: float = SPREAD, grades: int = GRADES) -> float:
-    """Accuracy of the best possible reader who knows the true (narrowest) joint space.
+def sample_knee(grade: int, rng: np.random.Generator) -> SimpleNamespace:
+    """Draw what a knee of this KL grade (0 to 4) is like.
 
-    Grades are equally likely and severity is normal around each with the same `spread` (in
-    grades), so the best reader rounds to the nearest grade: the two outer grades err to one side
-    only, the others to both. No reader of a single image does better, since the image depends on
-    the grade through this one number.
-
-    Raises ValueError unless `spread` > 0 and `grades` >= 2.
+    Fields: joint_space (lateral, medial; mm); lips, the osteophytes (femur lateral, medial, tibia
+    lateral, medial); sclerosis (lateral, medial); tilt (radians, positive is varus).
     """
-    if spread <= 0 or grades < 2:
-        raise ValueError(f"spread must be > 0 and grades >= 2, not {spread} and {grades}")
-    miss = 0.5 * math.erfc(0.5 / spread / math.sqrt(2))  # beyond the boundary on one side
-    return 1 - miss * 2 * (grades - 1) / grades
-
-
-def read_joint_space(millimetres: np.ndarray) -> np.ndarray:
-    """Grades (int64) that the best possible reader gives to narrowest joint spaces in mm."""
-    severity = (HEALTHY_MM - np.asarray(millimetres)) / STEP_MM
-    return np.clip(np.rint(severity), 0, GRADES - 1).astype(np.int64)
-
-
-def sample_knee(grade: int, rng: np.random.Generator) -> Knee:
-    """Draw what a knee of this KL grade (0 to 4) is like. Raises ValueError for another grade."""
-    if grade not in range(GRADES):
-        raise ValueError(f"grade is {grade!r}: KL grades are 0 to {GRADES - 1}")
     severity = grade + SPREAD * rng.standard_normal()
     narrow = max(HEALTHY_MM - STEP_MM * severity, 0.0)  # bone on bone at 0
     wide = max(narrow, HEALTHY_MM - 0.25 * max(severity, 0) + 0.3 * rng.standard_normal())
@@ -95,54 +53,116 @@ def sample_knee(grade: int, rng: np.random.Generator) -> Knee:
     sclerosis = 0.08 * max(severity - 1.2, 0) * rng.uniform(0.7, 1.3) * sick
     tilt = math.radians(1.2 * max(severity - 2.2, 0) + rng.standard_normal())
     tilt *= 1 if sick[1] > sick[0] else -1
-    return Knee(severity, space, tuple(lips), tuple(sclerosis), tilt)
+    return SimpleNamespace(joint_space=space, lips=lips, sclerosis=sclerosis, tilt=tilt)
 
 
 def sample_patient(rng: np.random.Generator) -> dict[str, float]:
-    """Draw what a patient's two knees share: size and shape of the bones, soft tissue, texture."""
-    return {
-        "scale": 1.04 + 0.05 * rng.standard_normal(),
-        "shaft": rng.uniform(0.55, 0.72),
-        "shin": rng.uniform(0.42, 0.6),
-        "condyle": rng.uniform(0.82, 0.9),
-        "notch": rng.uniform(0.04, 0.11),
-        "spines": rng.uniform(0.05, 0.08),
-        "fibula": rng.uniform(0.55, 0.75),
-        "patella": rng.uniform(-0.6, -0.4),
-        "flesh": rng.uniform(0.0, 1.0),
-        "density": rng.uniform(0.85, 1.15),
-        "grain": rng.uniform(0.5, 1.3),
-    }
+    """Draw what a patient's two knees share: shape of the bones, soft tissue, texture."""
+    names = "shaft shin condyle notch spines fibula patella flesh density grain"
+    low = (0.55, 0.42, 0.82, 0.04, 0.05, 0.55, -0.6, 0.0, 0.85, 0.5)
+    high = (0.72, 0.60, 0.90, 0.11, 0.08, 0.75, -0.4, 1.0, 1.15, 1.3)
+    shape = dict(zip(names.split(), rng.uniform(low, high), strict=True))
+    return {"scale": 1.04 + 0.05 * rng.standard_normal()} | shape
 
 
-def draw(
-    grade: int,
-    rng: np.random.Generator,
-    size: int = 128,
-    side: str = "R",
-    patient: dict[str, float] | None = None,
-) -> np.ndarray:
-    """Draw one frontal knee radiograph, uint8 (size, size), bone bright.
+def draw_knee(grade, rng, size=128, side="R", patient=None, pattern=0.0) -> np.ndarray:
+    """Draw one frontal knee X-ray, uint8 (size, size), bone bright.
 
-    `side` is "R" (the fibula, lateral, to the viewer's left) or "L". `patient` is what
-    `sample_patient` drew, and is drawn here if None. Only `rng` decides, so equal generators give
-    equal images. Raises ValueError for a grade outside 0 to 4, another side, or a size under 32.
+    A right knee's fibula (lateral) is on the viewer's left. `patient` comes from `sample_patient`;
+    `pattern` (size, size) is added to the standardised image. Equal generators, equal images.
     """
-    if side not in ("L", "R"):
-        raise ValueError(f"side is {side!r}: it must be 'L' or 'R'")
-    if size < 32:
-        raise ValueError(f"size is {size}: under 32 px a joint space cannot be seen")
-    patient = sample_patient(rng) if patient is None else patient
-    radiograph = _render(sample_knee(grade, rng), patient, rng, size)
-    return radiograph if side == "R" else np.ascontiguousarray(radiograph[:, ::-1])
+    patient, mirror = patient or sample_patient(rng), slice(None, None, 1 if side == "R" else -1)
+    pattern = np.broadcast_to(pattern, (size, size))[:, mirror]
+    image = _render(sample_knee(grade, rng), patient, pattern, rng, size)
+    return np.ascontiguousarray(image[:, mirror])
 
 
-def _render(knee, patient, rng, size):
-    """Absorption of soft tissue and bones, line by line, then exposure and noise. A right knee."""
-    pixel = 2 / size
-    blur = max(pixel, 0.02)
-    axis = (np.arange(size) + 0.5) * pixel - 1
-    u, v = _pose(axis[None, :], axis[:, None], patient["scale"], rng)
+def knees(count: int, seed: int, size: int = 128, leaky: bool = False):
+    """Draw knees without files: uint8 (count, size, size, 1), grades int32, patients int64.
+
+    Knees 2k and 2k + 1 are one patient's. With `leaky`, a patient is easy to recognise: both
+    images share a smooth random pattern, and both knees mostly have the same grade. Who saw one
+    knee can guess the other's grade; splitting by image instead of patient flatters.
+    """
+    rng = np.random.default_rng([seed, 0])
+    grades = _grades(-(-count // 2), rng, LEAKY_CORRELATION if leaky else CORRELATION)
+    pairs = [_draw_patient(pair, [seed, 1 + k], size, leaky) for k, pair in enumerate(grades)]
+    images, patients = np.concatenate(pairs)[:count, ..., None], np.arange(count) // 2
+    return images, grades.ravel()[:count].astype(np.int32), patients
+
+
+def draw(folder: str | Path, patients: int, seed: int, size: int = 128) -> Path:
+    """Draw both knees of made-up patients into `folder`/train|val|test/0..4/<patient><L|R>.png.
+
+    Gray 8-bit PNGs and SYNTHETIC.json, which says what was drawn. Each split has the class shares
+    of SHARES and patients of its own. The folder appears whole, or not at all; the same is kept.
+    ValueError for fewer than 20 patients, FileExistsError if `folder` holds anything else.
+    """
+    folder = Path(folder)
+    held_out = round(0.15 * patients)  # in val, and again in test
+    counts = {"train": patients - 2 * held_out, "val": held_out, "test": held_out}
+    if held_out < 3:
+        raise ValueError(f"{patients} patients are too few: draw 20 or more")
+    label = {"what": "phantoms of knee X-rays, no real patient", "patients": patients}
+    label |= {"size": size, "seed": seed, "bayes_accuracy": round(bayes_accuracy(), 4)}
+    if folder.exists() and any(folder.iterdir()):
+        found = folder / LABEL
+        if found.exists() and json.loads(found.read_text(encoding="utf-8")) == label:
+            return folder
+        raise FileExistsError(f"{folder} holds something else: name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        part = Path(scratch) / "drawn"
+        rng = np.random.default_rng([seed, 0])
+        names = 9_000_000 + rng.permutation(1_000_000)[:patients]  # as long as real ones
+        splits = np.repeat(list(counts), list(counts.values()))
+        grades = np.concatenate([_grades(count, rng, CORRELATION) for count in counts.values()])
+        for index, (split, name, pair) in enumerate(zip(splits, names, grades, strict=True)):
+            images = _draw_patient(pair, [seed, 1 + index], size)
+            for side, grade, image in zip("LR", pair, images, strict=True):
+                path = part / split / str(grade) / f"{name}{side}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path, compress_level=1)
+        (part / LABEL).write_text(json.dumps(label, indent=2) + "\n", encoding="utf-8")
+        part.replace(folder)
+    return folder
+
+
+def plant_faults(folder: str | Path, seed: int, patients: int = 40, size: int = 96) -> dict:
+    """Draw a small folder for notebook 01's audit and plant one fault of each kind in it.
+
+    Returns {fault: files in `folder`}, kept there as FAULTS.json: `near_copy` (a train image and
+    its darker copy in test), `negative`, `unreadable`, `split_patient` (one knee in val).
+    """
+    folder = Path(folder)
+    if not (folder / "FAULTS.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            part = draw(Path(scratch) / "faulty", patients, seed, size)
+            near, negative, broken, right = sorted(part.glob("train/[01]/*R.png"))[:4]
+            copy = part / "test" / near.parent.name / "9999999R.png"
+            Image.fromarray(np.asarray(Image.open(near)) // 10 * 9).save(copy)
+            Image.fromarray(255 - np.asarray(Image.open(negative))).save(negative)
+            broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 3])
+            left = next(part.glob(f"train/*/{right.stem[:-1]}L.png"))
+            right = right.replace(part / "val" / right.parent.name / right.name)
+            found = {"near_copy": [near, copy], "negative": [negative], "unreadable": [broken]}
+            found["split_patient"] = [left, right]
+            names = {k: [f.relative_to(part).as_posix() for f in v] for k, v in found.items()}
+            (part / "FAULTS.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+            part.replace(folder)
+    return json.loads((folder / "FAULTS.json").read_text(encoding="utf-8"))
+
+
+def _render(knee, patient, pattern, rng, size):
+    """A right knee: absorption of soft tissue and bones, then exposure."""
+    blur, axis = max(2 / size, 0.02), (np.arange(size) + 0.5) * 2 / size - 1
+    # No two patients stand alike: turn, shift and scale the coordinates.
+    angle, (du, dv) = math.radians(2.5 * rng.standard_normal()), 0.04 * rng.standard_normal(2)
+    scale = patient["scale"] * (1 + 0.02 * rng.standard_normal())
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    u, v = axis[None, :] - du, axis[:, None] - dv
+    u, v = cos * u + sin * v, cos * v - sin * u
     medial = 1 / (1 + np.exp(-u / 0.06))  # 0 on the lateral half, 1 on the medial one
 
     # The joint line: condyles above, plateau below, the joint space between them.
@@ -151,30 +171,23 @@ def _render(knee, patient, rng, size):
     femur_end = 0.1 - 0.07 * off_center - 0.07 * off_center**3
     femur_end -= patient["notch"] * np.exp(-((u / 0.14) ** 2))
     lateral_mm, medial_mm = knee.joint_space
-    to_halves = 2 / FIELD_MM
-    plateau = 0.1 + to_halves * (lateral_mm + (medial_mm - lateral_mm) * medial)
+    plateau = 0.1 + 2 / FIELD_MM * (lateral_mm + (medial_mm - lateral_mm) * medial)
     plateau -= 0.03 * off_center + math.tan(knee.tilt) * np.abs(u) * (medial - 0.5)
     for place, height, breadth in ((-0.08, 0.7, 0.05), (0.09, 1.0, 0.05), (0, 0.8, 0.22)):
         plateau -= patient["spines"] * height * np.exp(-(((u - place) / breadth) ** 2))
-
     # Distance to each bone's edge, positive inside, from its end and its two sides.
-    femur_side = patient["shaft"] + (patient["condyle"] - patient["shaft"]) / (
-        1 + np.exp(-(v + 0.6) / 0.08)
-    )
-    femur_side = femur_side - 0.06 * np.exp(-(((v + 0.12) / 0.1) ** 2))
-    tibia_side = patient["shin"] + (0.82 - patient["shin"]) * np.exp(
-        -((np.maximum(v - 0.18, 0) / 0.5) ** 2)
-    )
-    lips = knee.osteophytes
-    femur_lip = np.exp(-((v / 0.06) ** 2)) * (lips[0] + (lips[1] - lips[0]) * medial)
-    tibia_lip = np.exp(-(((v - 0.24) / 0.05) ** 2)) * (lips[2] + (lips[3] - lips[2]) * medial)
-    femur = _soft_min(femur_end - v, femur_side + 1.5 * femur_lip - np.abs(u), 0.12)
-    tibia = _soft_min(v - plateau, tibia_side + 1.5 * tibia_lip - np.abs(u), 0.08)
+    flare = (patient["condyle"] - patient["shaft"]) / (1 + np.exp(-(v + 0.6) / 0.08))
+    femur_side = patient["shaft"] + flare - 0.06 * np.exp(-(((v + 0.12) / 0.1) ** 2))
+    flare = (0.82 - patient["shin"]) * np.exp(-((np.maximum(v - 0.18, 0) / 0.5) ** 2))
+    tibia_side, lips = patient["shin"] + flare, 1.5 * knee.lips
+    femur_side += np.exp(-((v / 0.06) ** 2)) * (lips[0] + (lips[1] - lips[0]) * medial)
+    tibia_side += np.exp(-(((v - 0.24) / 0.05) ** 2)) * (lips[2] + (lips[3] - lips[2]) * medial)
+    femur = _soft_min(femur_end - v, femur_side - np.abs(u), 0.12)
+    tibia = _soft_min(v - plateau, tibia_side - np.abs(u), 0.08)
     head = patient["fibula"]
     fibula = 0.2 - 0.09 * np.clip((v - head) / 0.35, 0, 1) - np.abs(u + 0.76 - 0.1 * (v - head))
     fibula = _soft_min(fibula, v - head, 0.25)
     patella = 0.42 - (u**4 + (v - patient["patella"]) ** 4) ** 0.25
-
     # Absorption: flesh is a cylinder; bone a filled one with a dense rim.
     image = 0.55 * np.sqrt(np.maximum(1 - (u / (1.02 + patient["flesh"])) ** 2, 0))
     texture = _trabeculae(rng, size) * 0.025 * patient["grain"]
@@ -184,28 +197,23 @@ def _render(knee, patient, rng, size):
         body = 1 - 0.45 * np.exp(-np.maximum(depth, 0) / 0.15)
         image += inside * patient["density"] * (dense * body + 0.12 * rim + texture)
     image += 0.06 * np.clip(patella / 0.15 + 0.5, 0, 1)
-
     # Sclerosis: bone whitens beneath the cartilage, along the loaded part of the joint line.
     loaded = np.exp(-(((width - 0.5) / 0.28) ** 4))
-    amount = knee.sclerosis[0] + (knee.sclerosis[1] - knee.sclerosis[0]) * medial + 0.05
-    below, above = np.maximum(v - plateau, 0), np.maximum(femur_end - v, 0)
-    image += loaded * amount * np.where(v > plateau, np.exp(-((below / 0.09) ** 2)), 0)
-    image += loaded * amount * np.where(v < femur_end, np.exp(-((above / 0.05) ** 2)), 0)
-    return _expose(image, axis, rng)
+    loaded *= knee.sclerosis[0] + (knee.sclerosis[1] - knee.sclerosis[0]) * medial + 0.05
+    image += loaded * np.where(v > plateau, np.exp(-(((v - plateau) / 0.09) ** 2)), 0)
+    image += loaded * np.where(v < femur_end, np.exp(-(((femur_end - v) / 0.05) ** 2)), 0)
+    # Exposure as chance has it: uneven field, noise, film curve, contrast, brightness.
+    slope, u, v = rng.normal(0, 0.4, 4), axis[None, :], axis[:, None]
+    image = (image - image.mean()) / image.std() + pattern
+    image += slope[0] * u + slope[1] * v + slope[2] * u * v + slope[3] * (v**2 - 1 / 3)
+    image = (image - image.mean()) / image.std()
+    image += rng.uniform(0.02, 0.1) * rng.standard_normal(image.shape)
+    image += rng.uniform(-0.12, 0.12) * (image**2 - 1)
+    gray = rng.uniform(95, 160) + rng.uniform(25, 50) * image
+    return np.clip(np.rint(gray), 0, 255).astype(np.uint8)
 
 
-def _pose(u, v, scale, rng):
-    """Turn, shift and scale the coordinates: no two patients stand alike."""
-    angle = math.radians(2.5 * rng.standard_normal())
-    du, dv = 0.04 * rng.standard_normal(2)
-    scale *= 1 + 0.02 * rng.standard_normal()
-    u, v = u - du, v - dv
-    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-    return cos * u + sin * v, cos * v - sin * u
-
-
-def _soft_min(a, b, radius):
-    """Minimum with its corner rounded to about `radius` (polynomial smooth minimum)."""
+def _soft_min(a, b, radius):  # the minimum, its corner rounded to about `radius`
     mix = np.maximum(radius - np.abs(a - b), 0) / radius
     return np.minimum(a, b) - mix**2 * radius / 4
 
@@ -218,112 +226,22 @@ def _trabeculae(rng, size):
     return streaks / streaks.std() + 0.5 * coarse[:size, :size]
 
 
-def _expose(image, axis, rng):
-    """Standardise, then expose as chance has it: uneven field, contrast, brightness, noise."""
-    u, v = axis[None, :], axis[:, None]
-    slope = rng.normal(0, 0.4, 4)
-    image = (image - image.mean()) / image.std()
-    image = image + slope[0] * u + slope[1] * v + slope[2] * u * v + slope[3] * (v**2 - 1 / 3)
-    image = (image - image.mean()) / image.std()
-    image = image + rng.uniform(0.02, 0.1) * rng.standard_normal(image.shape)
-    bend = rng.uniform(-0.12, 0.12)  # the film's curve
-    image = image + bend * (image**2 - 1)
-    gray = rng.uniform(95, 160) + rng.uniform(25, 50) * image
-    return np.clip(np.rint(gray), 0, 255).astype(np.uint8)
-
-
-def _grades(patients: int, rng: np.random.Generator) -> np.ndarray:
-    """Grades (patients, 2) of left and right knees: equally many of each, alike in a patient."""
+def _grades(patients, rng, correlation):
+    """Grades int64 (patients, 2) of left and right knees, in the shares of SHARES."""
     common, own = rng.standard_normal((patients, 1)), rng.standard_normal((patients, 2))
-    health = math.sqrt(CORRELATION) * common + math.sqrt(1 - CORRELATION) * own
-    rank = health.ravel().argsort().argsort()  # ranks, not thresholds: exactly equal counts
-    return (rank * GRADES // (2 * patients)).reshape(patients, 2)
+    health = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own
+    counts = np.maximum(np.rint(np.array(SHARES) * health.size), 1).astype(int)
+    counts[0] = health.size - counts[1:].sum()
+    rank = health.ravel().argsort().argsort()
+    return np.repeat(np.arange(5), counts)[rank].reshape(patients, 2)
 
 
-def write(
-    folder: str | Path,
-    patients: int = 400,
-    size: int = 128,
-    seed: int = 0,
-    splits: Sequence[float] = (0.7, 0.15, 0.15),
-) -> Path:
-    """Draw both knees of made-up patients into `folder`/train|val|test/0..4/<patient><L|R>.png.
-
-    PNGs are gray, 8 bit, size x size. Each split has equally many of each grade (but for what
-    five does not divide), and a patient is in one split only. The same arguments give the same
-    pixels. `SYNTHETIC.json` beside the splits says what was drawn. Everything is drawn in a
-    temporary folder that is renamed at the end: what is there is whole. A folder that already
-    holds this very drawing is kept and returned.
-
-    Raises ValueError for fewer than 5 patients in a split or fractions that do not add up to 1,
-    FileExistsError if `folder` holds anything else.
-    """
-    folder = Path(folder)
-    counts = _split_counts(patients, splits)
-    label = {
-        "synthetic": True,
-        "what": "drawn phantoms of knee radiographs, no real patient (utils/phantoms.py)",
-        "grades": "Kellgren and Lawrence 1957, KL 0 to 4",
-        "patients": patients,
-        "size": size,
-        "seed": seed,
-        "splits": list(splits),
-        "images": {split: 2 * count for split, count in zip(SPLITS, counts, strict=True)},
-        "bayes_accuracy": round(bayes_accuracy(), 4),
-        "joint_space_mm": [round(HEALTHY_MM - STEP_MM * grade, 2) for grade in range(GRADES)],
-        "joint_space_spread_mm": round(STEP_MM * SPREAD, 3),
-    }
-    if folder.exists() and any(folder.iterdir()):
-        return _kept(folder, label)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        drawn = Path(scratch) / "drawn"
-        rng = np.random.default_rng([seed, 0])
-        names = 9_000_000 + rng.permutation(1_000_000)[:patients]  # as long as real ones
-        first = 0
-        for split, count in zip(SPLITS, counts, strict=True):
-            for grade in range(GRADES):
-                (drawn / split / str(grade)).mkdir(parents=True)
-            for index, pair in enumerate(_grades(count, rng), start=first):
-                _write_patient(drawn / split, int(names[index]), pair, [seed, 1 + index], size)
-            first += count
-        (drawn / LABEL).write_text(json.dumps(label, indent=2) + "\n", encoding="utf-8")
-        drawn.replace(folder)
-    return folder
-
-
-def _write_patient(folder, name, grades, seed, size):
+def _draw_patient(grades, seed, size, leaky=False):
+    """A left and a right knee, uint8 (2, size, size)."""
     rng = np.random.default_rng(seed)
-    patient = sample_patient(rng)
-    for side, grade in zip("LR", grades.tolist(), strict=True):
-        image = Image.fromarray(draw(grade, rng, size, side, patient))
-        image.save(folder / str(grade) / f"{name}{side}.png", compress_level=1)
-
-
-def _split_counts(patients, splits):
-    """Patients per split; the first takes what rounding leaves."""
-    if len(splits) != len(SPLITS) or min(splits) <= 0 or abs(sum(splits) - 1) > 1e-6:
-        raise ValueError(f"splits is {splits}: three fractions above 0 that add up to 1 are needed")
-    others = [round(patients * fraction) for fraction in splits[1:]]
-    counts = [patients - sum(others), *others]
-    if min(counts) < GRADES:
-        raise ValueError(
-            f"{patients} patients give splits of {counts}: each needs {GRADES} or more"
-        )
-    if patients > 1_000_000:
-        raise ValueError(f"{patients} patients: there are numbers for 1,000,000")
-    return counts
-
-
-def _kept(folder, label):
-    """The folder, if it holds this very drawing."""
-    try:
-        same = json.loads((folder / LABEL).read_text(encoding="utf-8")) == label
-    except (OSError, ValueError):
-        same = False
-    if same and len(list(folder.glob("*/*/*.png"))) == 2 * label["patients"]:
-        return folder
-    raise FileExistsError(
-        f"{folder} is not empty and holds other things than these phantoms: "
-        "remove it, or name another folder"
-    )
+    patient, pattern = sample_patient(rng), 0.0
+    if leaky:
+        coarse = Image.fromarray(rng.standard_normal((8, 8)).astype(np.float32))
+        pattern = LEAKY_PATTERN * np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    pairs = zip("LR", grades, strict=True)
+    return np.stack([draw_knee(grade, rng, size, side, patient, pattern) for side, grade in pairs])
