@@ -1,8 +1,7 @@
 """The teachers' logits for stored views (Hinton et al. 2015; Beyer et al. 2022).
 
-A good teacher sees what its student sees. A view is a pure function of (seed, image, view number),
-so the teachers look at V views of every training image once and their logits are kept; the
-student's epoch e trains on view e mod V, on exactly the pixels that the teachers saw.
+A view is a pure function of (seed, image, view number): the teachers look at V views of every
+training image once; the student's epoch e trains on view e mod V, on the very pixels they saw.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Checks answers to the exercises; the cases stand in exercises.yaml, where lecturers add some."""
+"""Checks answers to the exercises; their cases are in exercises.yaml, which lecturers may extend."""
 
 from pathlib import Path
 

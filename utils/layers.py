@@ -1,7 +1,6 @@
-"""Attention and multi-scale fusion, in `keras.ops` alone, so that they run on any Keras backend.
+"""Attention (CBAM: Woo et al., ECCV 2018, https://arxiv.org/abs/1807.06521) and fusion of scales.
 
-CBAM: Woo, Park, Lee & Kweon, "CBAM: Convolutional Block Attention Module", ECCV 2018,
-https://arxiv.org/abs/1807.06521. Keras makes `get_config` from the arguments of `__init__`.
+In `keras.ops` alone: any backend. Keras makes `get_config` from the arguments of `__init__`.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """What is minimised and what is measured: on logits, in float32 whatever the model's policy.
 
 Distillation: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015,
-https://arxiv.org/abs/1503.02531. Quadratic weighted kappa: Cohen, "Weighted kappa", Psychological
-Bulletin 70(4), 1968.
+https://arxiv.org/abs/1503.02531. Kappa: Cohen, "Weighted kappa", Psychol. Bulletin 70(4), 1968.
 """
 
 import keras
@@ -116,6 +115,11 @@ class MacroF1(Accuracy):
         hits = ops.diagonal(self.confusion)
         total = ops.sum(self.confusion, axis=0) + ops.sum(self.confusion, axis=1)
         return ops.mean(ops.divide_no_nan(2 * hits, total))
+
+
+def teacher_loss() -> keras.losses.Loss:
+    """What a model without a teacher minimises: logits (B, K) against distributions (B, K)."""
+    return keras.losses.CategoricalCrossentropy(from_logits=True)
 
 
 def metrics(classes: int, ordered: bool = True) -> list[keras.metrics.Metric]:

@@ -1,7 +1,7 @@
 """Teacher and student: built, frozen in part, saved and loaded; each with its own precision.
 
 Both take float32 (B, S, S, 1), gray values 0 to 255, and give float32 logits (B, K). The backbone,
-any EfficientNetV2 or MobileNetV3 of `keras.applications`, does its own preprocessing and stands
+one of `settings.Backbone`, does its own preprocessing and stands
 inside as the nested model "backbone". Pure Keras 3: any backend. Mixed precision: Micikevicius et
 al., ICLR 2018, https://arxiv.org/abs/1710.03740.
 """

@@ -1,8 +1,7 @@
 """Phantoms: synthetic frontal knee X-rays whose joint space narrows with the grade.
 
-The series runs on them anywhere, without anybody's images. They exercise the code; nothing learned
-from them says anything about real knees. Grades follow Kellgren and Lawrence (Annals of the
-Rheumatic Diseases 16, 1957, 494-502), class shares the public OAI radiographs.
+They exercise the code; nothing learned from them says anything about real knees. Grades follow
+Kellgren and Lawrence (1957), class shares the public OAI radiographs.
 
 An image depends on its grade through one number, the severity, `grade + SPREAD * normal`: so
 `bayes_accuracy` is the most that any reader of one image can reach. Lengths are millimetres where

@@ -154,7 +154,7 @@ def lock(run: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        message = f"Another process works in {run}: wait for it, or choose another RUN_DIR."
+        message = f"Another process is using {run}: wait for it, or choose another RUN_DIR."
         raise StageError(message) from error
     _locks[run] = file
 
@@ -242,7 +242,7 @@ def open_stage(
     if changed or not saved["finished"]:
         lock(run)
         if saved and changed:
-            set_aside(folder, f"was made otherwise ({'; '.join(changed)})")
+            set_aside(folder, f"was made with other settings ({'; '.join(changed)})")
         if changed:
             saved = {"format": FORMAT, "notebook": notebook, "id": secrets.token_hex(8)}
             saved |= {"finished": False, "stopped": None, "seconds": 0.0, "facts": {}}

@@ -198,7 +198,7 @@ def validate(values: Mapping[str, object], notebook: str | None = None) -> dict[
     known, findings, found = [*OWNER, *Shared.model_fields], [], {}
     for name in sorted(set(values) - set(known)):
         near = "".join(f" Did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
-        findings.append(f"{name} is no parameter of any notebook.{near}")
+        findings.append(f"{name} is not a parameter of any notebook; write own names small.{near}")
     for key, model in (SERIES | APPENDIX).items():
         if notebook in (None, key):
             own = {name: values[name] for name in model.model_fields if name in values}

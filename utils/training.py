@@ -86,11 +86,11 @@ class Resume(keras.callbacks.Callback):
     newest states stay until `finish`, so that a kill at any moment costs at most the epoch in hand.
     Compile the model before: the state holds its optimizer.
 
-    `epoch`: how many are finished, for `fit(initial_epoch=resume.epoch)`. `history`: DataFrame, a
-    row an epoch: epoch (from 1), what `fit` logs, seconds.
+    `epoch`: how many are finished. `history`: DataFrame, a row an epoch: epoch (from 1), what `fit`
+    logs, seconds.
     """
 
-    async_safe = True  # as above
+    async_safe = True
 
     def __init__(
         self, stage: runs.Stage, model, epochs: int, name: str = "teacher", monitor: str = "val_qwk"
@@ -177,6 +177,6 @@ class Resume(keras.callbacks.Callback):
         return keras.Model(self.trained.input, self.trained.output)
 
     def _best(self, history: pd.DataFrame) -> int:
-        """The epoch, from 1, that validates best; of equals that of the lower loss; 0: none."""
+        """The epoch, from 1, that validates best; ties: lower loss; 0: none."""
         order = history.sort_values([self.monitor, "val_loss"], ascending=[False, True])
         return int(order["epoch"].iloc[0]) if len(order) else 0

@@ -36,7 +36,8 @@ def parameters(seed: int, count: int, view: int, augmentation: Mapping | None) -
     a = DEFAULTS | dict(augmentation or {})
     if unknown := a.keys() - DEFAULTS:
         raise ValueError(f"augmentation knows {sorted(DEFAULTS)}, not {sorted(unknown)}")
-    draws = np.random.default_rng([seed, view]).random((count, 9))  # filled row by row
+    # Filled row by row. A new column would change every view: draw it from a second generator.
+    draws = np.random.default_rng([seed, view]).random((count, 9))
     flip = np.where((draws[:, 0] < 0.5) & bool(a["flip"]), -1.0, 1.0)
     limits = [np.deg2rad(a["rotation"]), a["shift"], a["shift"], a["zoom"]]
     limits += [a["brightness"], a["contrast"]]

@@ -26,10 +26,8 @@ def main(arguments: argparse.Namespace) -> int:
     for name in names:
         saved = runs.read_stage(ready, name) or {"finished": False}
         if not saved["finished"] or saved["parameters"] != runs.identity(name, {}):
-            raise settings.SettingsError(
-                f"{name} in {ready} is not finished, or was made with other parameters than the "
-                f"notebooks show: `python -m utils run --out {ready}`."
-            )
+            message = f"{name} in {ready} is unfinished, or was made with other parameters"
+            raise settings.SettingsError(f"{message}: `python -m utils run --out {ready}`.")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(root / "utils", part / "utils", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,6 +1,5 @@
-"""`python -m utils refresh`: what the committed notebooks show is what is.
+"""`python -m utils refresh`: fills fenced blocks after `<!-- source: utils.layers.CBAM -->`.
 
-In Markdown, the fenced block after `<!-- source: utils.layers.CBAM -->` is filled with the source.
 With a RUN_DIR, outputs of its notebooks are taken over, each with a hash of the cell's source.
 """
 
