@@ -1,4 +1,4 @@
-"""Checks answers to the exercises; their cases are in exercises.yaml, which lecturers may extend."""
+"""Checks answers to the exercises; lecturers may add cases to exercises.yaml."""
 
 from pathlib import Path
 
