@@ -21,7 +21,7 @@ from utils import folders
 MAX_NEAR_COPIES = 0.02  # share of val and test; more, and scores would be too good
 NEIGHBOURS = 3  # candidates for each image, as it is and mirrored
 FAR = 0.95  # distance of whitened small images (0 to 2); those further apart are strangers
-SIDE = 64  # px, for the alignment, and the least size at which detail is left to compare
+SIDE, LEAST = 64, 96  # px: for the alignment; the least at which strangers differ in detail
 FINEST = 224  # px, at which detail is compared where the images have as many
 BLOCKS = 5  # along each side; a quarter of them may disagree
 ALIKE = 0.4  # least correlation of the detail in the other three quarters
@@ -74,10 +74,10 @@ def near_copies(images: np.ndarray, facts: pd.DataFrame) -> list[dict] | None:
     """Pairs of pictures in two splits that are one picture, the most alike first.
 
     Returns image, copy (names) and correlation (0 to 1) of each; equal pixels, or two images of one
-    patient, are no pair. None: fewer than 20 images, or under 64 px, so that nothing can be said.
+    patient, are no pair. None: fewer than 20 images, or under 96 px, so that nothing can be said.
     """
     size = int(min(images.shape[1], FINEST, facts[["width", "height"]].max(axis=1).median()))
-    if len(facts) < 20 or size < SIDE:
+    if len(facts) < 20 or size < LEAST:
         return None
     names, splits, pixels, patients = facts[["image", "split", "pixels", "patient"]].to_numpy().T
     small = shrink(images[..., 0], 16)[facts.index]

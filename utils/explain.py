@@ -36,19 +36,21 @@ def split(model: keras.Model, stride: int = 8) -> tuple[keras.Model, keras.Model
     return below, keras.Model(maps if finer else maps[0], above)
 
 
-def gradient(function: Callable, x) -> np.ndarray:
-    """The gradient of the sum of `function(x)` with respect to x, on TensorFlow or JAX."""
-    x = keras.ops.convert_to_tensor(x)
+def gradient(function: Callable) -> Callable:
+    """(x, *rest) -> gradient by x of the sum of `function(x, *rest)`, on TensorFlow or JAX."""
     if keras.backend.backend() == "jax":
         import jax
 
-        return np.asarray(jax.jit(jax.grad(lambda x: function(x).sum()))(x))
+        return jax.jit(jax.grad(lambda x, *rest: function(x, *rest).sum()))
     import tensorflow as tf
 
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        result = function(x)
-    return tape.gradient(result, x).numpy()
+    def by_tape(x, *rest):
+        with tf.GradientTape() as tape:
+            tape.watch(x := tf.convert_to_tensor(x))
+            result = function(x, *rest)
+        return tape.gradient(result, x)
+
+    return by_tape
 
 
 def grad_cam(model: keras.Model, images, classes, batch_size: int = 64) -> np.ndarray:
@@ -56,14 +58,13 @@ def grad_cam(model: keras.Model, images, classes, batch_size: int = 64) -> np.nd
 
     images: uint8 or float (n, S, S, 1), 0 to 255. classes: int (n,), whose logit is explained.
     """
-    below, above = split(model)
-    maps = []
+    (below, above), maps = split(model), []
+    slopes = gradient(lambda tap, finer, wanted: above([*finer, tap] if finer else tap) * wanted)
     for start in range(0, len(images), batch_size):
         wanted = np.eye(model.output_shape[1], dtype="float32")[classes[start : start + batch_size]]
         found = below(np.asarray(images[start : start + batch_size], "float32"))
         *finer, tap = found if isinstance(found, list) else [found]
-        slope = gradient(lambda x, f=finer, w=wanted: above([*f, x] if f else x) * w, tap)
-        weights = slope.mean(axis=(1, 2), keepdims=True)
+        weights = np.asarray(slopes(tap, finer, wanted)).mean(axis=(1, 2), keepdims=True)
         maps.append(np.maximum((weights * np.asarray(tap)).sum(axis=-1), 0))
     return np.concatenate(maps)
 
