@@ -150,7 +150,7 @@ REFUSED = {
     "pattern without group": (given("PATIENT_PATTERN", "'[0-9]+'"), 2, "has no group"),
     "patient in two splits": (changed(two_splits), 1, "patient 9000030 is in"),
     "same pixels": (changed(copied("test/1/7L.png")), 1, "(same pixels)"),
-    "near-copies": (changed(near_copies, "-p", "STORED_SIZE", "64", size=64), 1, "(near-copies)"),
+    "near-copies": (changed(near_copies, "-p", "STORED_SIZE", "96", size=96), 1, "(near-copies)"),
     "many unreadable": (changed(many_unreadable), 1, "repair or remove them"),
     "few patients": (made(splits=("train",), count=1), 1, "too few"),
     "kinds of picture": (kinds, 1, "Edges, Image"),

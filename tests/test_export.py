@@ -17,7 +17,7 @@ from utils import export, images, layers, models, runs, settings
 
 TEMPERATURE = 1.7
 NAMES = ["0", "1", "2"]
-SCRIPT = settings.ROOT / "utils" / "templates" / "use_litert.py"
+SCRIPT = settings.ROOT / "utils" / "templates" / "use_litert.txt"
 
 
 @pytest.fixture(scope="module")
