@@ -164,7 +164,7 @@ def _blocks(body: keras.Model) -> list[str]:
 
 
 def set_trainable(model: keras.Model, part: str, unfreeze: float = 0.3, pretrained: bool = True):
-    """Choose what trains; compile anew afterwards. What is frozen runs as in inference.
+    """Choose what trains; compile again afterwards. What is frozen runs as in inference.
 
     part: "head" (all but the backbone), "tail" (and the last `unfreeze` of the backbone's layers,
         from the nearest start of a block) or "all"; ValueError for any other.
