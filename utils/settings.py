@@ -125,7 +125,7 @@ class Phase2(Shared):
 
 
 class Phase3(Shared):
-    PHASE_3_EPOCHS: Count = 9
+    PHASE_3_EPOCHS: Count = 8
     PHASE_3_LEARNING_RATE: Rate = 2e-3
 
 
@@ -140,8 +140,8 @@ class Distillation(Shared):
     STUDENT_LABEL_SOFTENING: Annotated[float, Field(ge=0, le=5)] = 0.4
     TEMPERATURE: Annotated[float, Field(gt=0, le=100)] = 4.0
     HARD_WEIGHT: Share = 0.3
-    VIEWS: Annotated[int, Field(ge=0, le=10_000)] = 4
-    STUDENT_EPOCHS: Count = 12
+    VIEWS: Annotated[int, Field(ge=0, le=10_000)] = 3
+    STUDENT_EPOCHS: Count = 6
     STUDENT_LEARNING_RATE: Rate = 2e-3
     LABELS_ONLY: bool = True
 
