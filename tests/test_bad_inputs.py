@@ -352,6 +352,20 @@ def test_a_replaced_image_is_seen_through_links_and_said(command, tmp_path):
     assert len(list((tmp_path / "run").glob("data*"))) == 2  # the old one is kept
 
 
+@pytest.mark.slow
+def test_photographs_go_from_01_to_a_card_without_a_word_about_knees(tmp_path):
+    options, out = photographs(tmp_path / "images"), tmp_path / "run"
+    argv = [sys.executable, "-m", "utils", "run", "--profile", "test", "--out", str(out), *options]
+    argv += ["--data", str(tmp_path / "images")]
+    done = subprocess.run(argv, cwd=settings.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = (out / "report/deploy/model_card.md").read_text()
+    assert "photographs of tomatoes" in card and "rotten" in card
+    for text in (card, (out / "index.html").read_text()):
+        text = re.sub('base64,[^"]+', "", text)
+        assert not re.search(r"(?i)knee|radiograph|kellgren|osteoarthritis|x-ray|\bKL\b", text)
+
+
 @pytest.mark.parametrize("name", list(REFUSED)[:3])
 def test_as_a_process(name, tmp_path):
     case, status, said = REFUSED[name]

@@ -166,7 +166,7 @@ class Trial(Shared):
 
     TRIAL_ARMS: dict[str, list[float]] = {"labels": [0, 1.0], "one teacher": [0, 0.3]}
     TRIAL_SEEDS: list[int] = [0, 1, 2]
-    TRIAL_EPOCHS: Count = 8
+    TRIAL_EPOCHS: Count = 6
     TRIAL_RATES: list[Rate] = [1e-3, 2e-3]
 
 
