@@ -320,7 +320,7 @@ def test_read_and_said(name, command, tmp_path):
     assert holds in f"{said} {dataset.origin}"
     assert all(len(dataset.rows(split)) for split in data.SPLITS)
     if name == "photographs":
-        assert not dataset.knees and dataset.names_shown[0] == "bud"
+        assert dataset.subject != settings.KNEES and dataset.names_shown[0] == "bud"
         assert dataset.origin["aspect"] == pytest.approx([300 / 162] * 2, abs=1e-3)
 
 

@@ -243,7 +243,11 @@ def test_planted_faults_are_found(tmp_path):
 
 def test_what_is_stored_comes_back(knees, tmp_path):
     dataset = store(knees, tmp_path / "data")
-    assert dataset.knees and dataset.names_shown == ["KL 0", "KL 1"] and dataset.seed == 7
+    assert (
+        dataset.subject == settings.KNEES
+        and dataset.names_shown == ["KL 0", "KL 1"]
+        and dataset.seed == 7
+    )
     assert dataset.origin == {"colour": False, "aspect": [1.0, 1.0], "bits": 8}
     assert not dataset.synthetic and dataset.monitor == "val_qwk"
     labels, patients = dataset.labels("train"), dataset.patients("train")

@@ -199,6 +199,13 @@ def test_the_series_in_one_kernel_goes_on_with_its_last_output(pushes, server):
     assert attached[2:] == [[WEIGHTS, f"{PREFIX}series"], [WEIGHTS, f"{PREFIX}series-2"]]
 
 
+def test_changed_parameters_do_not_go_on_with_the_old_folders(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "up")
+    (tmp_path / "mine.yaml").write_text("PHASE_1_EPOCHS: 9\n")
+    given = ["--profile", tmp_path / "mine.yaml", "--out", tmp_path / "up", "--push"]
+    assert command(*given) == 2 and "move it away" in capsys.readouterr().err
+
+
 def test_refusals_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local.yaml").write_text(f"TEACHER_WEIGHTS: {__file__}\n")

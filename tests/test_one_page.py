@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def test_attached_images_and_weights_are_found(mount, monkeypatch):
     assert len(found["FILES"]) == 60  # auto_test is left out
     weights = found["WEIGHTS"]["MobileNetV3Small"]
     assert "no_top" in weights.name and mount in weights.parents
+
+
+@pytest.mark.parametrize("names", ["training validation testing", "Train Valid Test"])
+def test_usual_names_of_splits_and_files_are_read(names, drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path / "input"))
+    shutil.copytree(drawn, tmp_path / "knees")
+    for before, after in zip(("train", "val", "test"), names.split(), strict=True):
+        (tmp_path / "knees" / before).rename(tmp_path / "knees" / after)
+    for file in (tmp_path / "knees").rglob("*L.png"):
+        file.rename(file.with_suffix(".PNG"))
+    found = look_around(tmp_path, monkeypatch, DATA_DIR=str(tmp_path / "knees"))
+    assert len(found["FILES"]) == 60
 
 
 def test_without_images_it_says_what_to_do(tmp_path, monkeypatch):

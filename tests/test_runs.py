@@ -49,6 +49,14 @@ def test_a_changed_parameter_sets_the_stage_aside_and_says_what_changed(run, cap
     assert json.loads((aside / "stage.json").read_text())["finished"]
 
 
+def test_a_parameter_that_is_new_since_changes_nothing_at_its_default(run):
+    finish(FIRST, run)
+    saved = runs.read_stage(run, FIRST)
+    del saved["parameters"]["CUTOUT"]
+    runs.write_json(run / "data/stage.json", saved)
+    assert opened(FIRST, run).finished and not opened(FIRST, run, CUTOUT=0.2).finished
+
+
 def test_shared_parameters_and_the_place_of_the_images_change_nothing(run, tmp_path):
     finish(FIRST, run)
     assert opened(FIRST, run, MAX_HOURS=1.0, DATA_DIR=str(tmp_path)).finished

@@ -29,6 +29,7 @@ def test_the_default_is_valid_and_complete():
         ({"TEACHER_IMAGE_SIZE": 100}, ["multiple of 32"]),
         ({"TEACHER_IMAGE_SIZE": 384}, ["STORED_SIZE = 384"]),
         ({"TEACHER_BACKBONE": "ResNet50"}, ["TEACHER_BACKBONE", "EfficientNetV2B0"]),
+        ({"STUDENT_BACKBONE": "EfficientNetV2B0"}, ["shapes", "EfficientNetV2B0"]),
         ({"TEACHER_PRECISION": "float16"}, ["mixed_float16"]),
         ({"TEACHER_WEIGHTS": "no/such.h5"}, ["TEACHER_WEIGHTS", "such.h5"]),
         ({"DATA_DIR": "/no/such/folder"}, ["DATA_DIR", "/no/such/folder"]),

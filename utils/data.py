@@ -75,11 +75,6 @@ class Dataset:
     digest: str  # sha256 over manifest and images
 
     @property
-    def knees(self) -> bool:
-        """Whether the images are knee radiographs with KL grades."""
-        return self.subject == settings.KNEES
-
-    @property
     def monitor(self) -> str:
         """The column of the history by which the best epoch is chosen; larger is better."""
         return "val_qwk" if self.ordered else "val_f1"

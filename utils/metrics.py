@@ -48,12 +48,11 @@ def interval(samples) -> list[float | None]:
 def figures(labels, probabilities, ordered=True, cut: int | None = None, weights=None) -> dict:
     """Every figure of one model on one split, or on many draws of it at once.
 
-    Args:
-        labels: int (n,) true classes.
-        probabilities: float (n, K), rows sum to 1; the most probable class is the decision.
-        ordered: whether classes have an order: else no `qwk`, `mae` and `off_by_two`.
-        cut: first class of the positive side of `sensitivity` and `specificity`; None: neither.
-        weights: float32 (R, n) of `Bootstrap`; None for the split as it is.
+    labels: int (n,) true classes.
+    probabilities: float (n, K), rows sum to 1; the most probable class is the decision.
+    ordered: whether classes have an order: else no `qwk`, `mae` and `off_by_two`.
+    cut: first class of the positive side of `sensitivity` and `specificity`; None: neither.
+    weights: float32 (R, n) of `Bootstrap`; None for the split as it is.
 
     Returns:
         Names to a float, or (R,) with weights; `recall` to (K,) or (R, K). As in scikit-learn; NaN

@@ -1,9 +1,8 @@
 """Teacher and student: built, frozen in part, saved and loaded; each with its own precision.
 
 Both take float32 (B, S, S, 1), gray values 0 to 255, and give float32 logits (B, K). The backbone,
-one of `settings.Backbone`, does its own preprocessing and stands
-inside as the nested model "backbone". Pure Keras 3: any backend. Mixed precision: Micikevicius et
-al., ICLR 2018, https://arxiv.org/abs/1710.03740.
+one of `settings.Backbone`, scales its input itself and is the nested model "backbone". Any
+backend. Mixed precision: Micikevicius et al., ICLR 2018, https://arxiv.org/abs/1710.03740.
 """
 
 import contextlib
@@ -32,11 +31,6 @@ def precision_policy(precision: str):
         yield
     finally:
         keras.config.set_dtype_policy(before)
-
-
-def precision_of(model: keras.Model) -> str:
-    """The policy that a teacher or student was built under; its logits are float32 anyway."""
-    return model.get_layer("pool").dtype_policy.name
 
 
 def build_teacher(
@@ -243,7 +237,7 @@ def load(path: str | os.PathLike, precision: str | None = None) -> keras.Model:
         raise FileNotFoundError(f"No model file {path}: run the notebook that writes it.")
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
-        saved = precision_of(model)
+        saved = model.get_layer("pool").dtype_policy.name  # the logits are float32 anyway
     except Exception as error:  # of ZIP, HDF5, JSON or Keras
         raise ValueError(
             f"{path} cannot be read as a model ({str(error)[:200]}): it is damaged or of another"

@@ -65,10 +65,8 @@ def learning_curves(histories: pd.DataFrame | Mapping[str, pd.DataFrame], note: 
 def image_grid(images, titles=None, overlays=None, columns: int = 5, note: str = "") -> Figure:
     """Images row by row, each under its title; the note says so if there are more than 60.
 
-    Args:
-        images: (H, W) or (H, W, 1) gray from 0 to 255, or (H, W, 3).
-        titles: None, or a string for each image.
-        overlays: None, or for each image None or a heat map (h, w) of any size and range.
+    images: (H, W) or (H, W, 1) gray from 0 to 255, or (H, W, 3). titles: None, or a string for
+    each. overlays: None, or for each image None or a heat map (h, w) of any size and range.
     """
     if len(images) == 0:
         raise ValueError("image_grid needs at least one image.")
@@ -116,10 +114,9 @@ def confusion(matrix, names: Sequence[str], title: str = "", ax=None, note: str 
 def intervals(table: pd.DataFrame, title="", line=None, note="", digits=3) -> Figure:
     """Values with their 95 % intervals, a row each, on an axis that fits them.
 
-    Args:
-        table: columns `label`, `value`, `low`, `high` (NaN where there is no interval) and perhaps
-            `group`, which decides colour and marker.
-        line: None, or a value to compare with (zero, a target), drawn dashed.
+    table: columns `label`, `value`, `low`, `high` (NaN where there is no interval) and perhaps
+        `group`, which decides colour and marker.
+    line: None, or a value to compare with (zero, a target), drawn dashed.
     """
     table = pd.DataFrame({"group": "", **table.reset_index(drop=True)})
     figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.3 * len(table)))

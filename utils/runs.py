@@ -139,7 +139,7 @@ def earlier(run: Path, notebook: str) -> tuple[dict[str, object], str | None]:
 
 def changes(saved: Mapping, parameters: Mapping, inputs: Mapping) -> list[str]:
     """What differs between a saved stage and what is wanted now; empty when nothing does."""
-    old, before = saved["parameters"], saved["inputs"]
+    old, before = settings.validate({}) | saved["parameters"], saved["inputs"]  # one may be new
     found = [f"{n} was {old.get(n)!r}, is {v!r}" for n, v in parameters.items() if old.get(n) != v]
     changed = [name for name in before | inputs if before.get(name) != inputs.get(name)]
     return found + [f"input {name!r} changed" for name in changed]

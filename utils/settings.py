@@ -226,12 +226,15 @@ def check_together(found: Mapping[str, object]) -> None:
     SettingsError: all findings, a line each.
     """
     findings, stored = [], found.get("STORED_SIZE", float("inf"))
-    for name in ("TEACHER_IMAGE_SIZE", "STUDENT_IMAGE_SIZE"):
-        if (size := found.get(name, 0)) > stored:
+    for name in ("TEACHER", "STUDENT"):
+        if (size := found.get(f"{name}_IMAGE_SIZE", 0)) > stored:
             findings.append(
-                f"{name} = {size}, but notebook 01 stores {stored} px: lower it, or set "
+                f"{name}_IMAGE_SIZE = {size}, but notebook 01 stores {stored} px: lower it, or set "
                 f"STORED_SIZE = {size} and run 01 again."
             )
+        backbone = found.get(f"{name}_BACKBONE", "MobileNetV3Small")
+        if found.get(f"{name}_WEIGHTS") == "shapes" and backbone != "MobileNetV3Small":
+            findings.append(f'{name}_WEIGHTS "shapes" are of MobileNetV3Small, not of {backbone}.')
     if found.get("VIEWS", 0) > found.get("STUDENT_EPOCHS", 0):
         findings.append(
             f"VIEWS = {found['VIEWS']}, but the student trains {found['STUDENT_EPOCHS']} epochs, "

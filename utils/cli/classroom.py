@@ -30,8 +30,9 @@ def main(arguments: argparse.Namespace) -> int:
             raise settings.SettingsError(f"{message}: `python -m utils run --out {ready}`.")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(root / "utils", part / "utils", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(root / "notebooks/profiles", part / "notebooks/profiles")
+    ignore = shutil.ignore_patterns("__pycache__", "*.png")
+    for name in ("utils", "notebooks/profiles", "notebooks/results"):
+        shutil.copytree(root / name, part / name, ignore=ignore)
     shutil.copy(root / "utils/templates/class_readme.md", part / "README.md")
     for name in ("requirements.txt", "LICENSE"):
         shutil.copy(root / name, part)

@@ -10,6 +10,7 @@ OUT/pushed.json holds what is done, so that the same command goes on from there.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -45,9 +46,10 @@ def main(arguments: argparse.Namespace) -> int:
     profile = Path(arguments.profile).stem
     out = Path(arguments.out or settings.ROOT / "runs" / f"kaggle-{profile}").expanduser()
     order = {"user": arguments.user, "data": arguments.data, "profile": profile}
+    values = settings.load_profile(arguments.profile)
     begun = arguments.push and (out / "order.json").exists()
-    if not (begun and runs.read_json(out / "order.json") == order):
-        write(out, order, settings.load_profile(arguments.profile))
+    if not (begun and runs.read_json(out / "order.json") == order | {"made_of": made_of(values)}):
+        write(out, order, values)
         print(f"Written to {out}: upload its notebooks by hand, or let --push do it all.")
     if arguments.push:
         push(out, order, arguments.push)
@@ -56,13 +58,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def write(out: Path, order: dict[str, str], values: dict[str, object]) -> None:
     """Write all folders below `out`, a new folder, whole or not at all."""
-    user, data, profile = order.values()
+    (user, data, profile), content = order.values(), made_of(values)
     values = values | {"RUN_DIR": f"runs/{profile}"}
     full = settings.validate(values)
     if not re.fullmatch(NAMES, f"{user}/{data}"):
         raise settings.SettingsError(f"--user {user} --data {data}: give NAME and OWNER/SLUG.")
     if out.exists():
-        raise settings.SettingsError(f"{out} exists: move it away or give another --out.")
+        message = "exists, of other parameters or code: move it away or give another --out."
+        raise settings.SettingsError(f"{out} {message}")
     for name in ("DATA_DIR", "MORE_TEACHERS", "TEACHER_WEIGHTS", "STUDENT_WEIGHTS"):
         if full[name] and full[name] not in ("imagenet", "shapes", "none"):
             raise settings.SettingsError(f"{name}: Kaggle does not see this machine's files.")
@@ -89,8 +92,15 @@ def write(out: Path, order: dict[str, str], values: dict[str, object]) -> None:
         source = with_parameters(notebook, values)
         before = [write_kernel(part, user, f"{notebook}.ipynb", source, datasets, kernels)]
     write_series(part, order, weights)
-    runs.write_json(part / "order.json", order)
+    runs.write_json(part / "order.json", order | {"made_of": content})
     part.rename(out)
+
+
+def made_of(values: dict[str, object]) -> str:
+    """A mark of these parameters and of the project's code: with others, folders are old."""
+    files = [f for name in ("utils", "notebooks") for f in (settings.ROOT / name).rglob("*.*")]
+    code = [f.read_bytes() for f in sorted(files) if f.suffix in (".py", ".ipynb", ".txt")]
+    return hashlib.sha256(repr(values).encode() + b"".join(code)).hexdigest()
 
 
 def write_kernel(out: Path, user: str, file: str, source: str, datasets, kernels, internet=False):
@@ -109,7 +119,7 @@ def write_kernel(out: Path, user: str, file: str, source: str, datasets, kernels
         "kernel_sources": kernels,
     }
     if about["enable_gpu"]:
-        about["machine_shape"] = "NvidiaTeslaT4"  # the client's name for Kaggle's pair of T4
+        about["machine_shape"] = "NvidiaTeslaT4"  # the client's name for a T4
     runs.write_json(folder / "kernel-metadata.json", about)
     (folder / file).write_text(source, encoding="utf-8")
     return about["id"]
