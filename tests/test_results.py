@@ -1,6 +1,9 @@
 """The published results can be computed again from the published predictions."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -27,3 +30,16 @@ def test_the_table_of_results_is_recomputed(model):
     shown = f"{saved['accuracy']:.3f} ({saved['ci95']['accuracy'][0]:.3f} to"
     assert shown in (settings.ROOT / "README.md").read_text()
     assert shown in (FOLDER.parent / "RESULTS.md").read_text()
+
+
+def test_the_cross_validation_is_recomputed():
+    script, table = FOLDER.parent / "cross_validation.py", FOLDER / "cross_validation.csv"
+    command = [sys.executable, script, "table", table, "--draws", "200"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = dict(re.findall(r"(?m)^\| ([^|]+?) \| ([+-]?[\d.]+ \(.*?\)) \|", found))
+    assert "3964 images, 1982 patients" in found
+    text = (FOLDER.parent / "RESULTS.md").read_text()
+    for row in ("A", "D", "224 labels tuned", "224 A w0 tuned"):
+        assert f"{rows[row][:6]}" in text
+    gain = rows["224 A w0 tuned minus 224 labels tuned"]
+    assert gain.startswith("+1.8 (+") and "**+1.8 (+" in text
