@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils import settings
+from utils import runs, settings
 
 EPOCHS = 3  # of the small training below
 TRAIN = """
@@ -109,11 +108,12 @@ HISTORIES = [
 ]
 
 
-def series(out, *more):
+def series(out, *more, attached="nothing"):
     command = [sys.executable, "-m", "utils", "run", *SERIES, "--out", str(out), *more]
     return subprocess.Popen(
         command,
         cwd=settings.ROOT,
+        env={**os.environ, "KAGGLE_INPUT_ROOT": str(attached)},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -141,35 +141,41 @@ def whole_run(tmp_path_factory):
 @pytest.mark.slow
 def test_twenty_random_kills(whole_run, tmp_path):
     whole, seconds = whole_run
-    chance, kills, out = random.Random(0), 0, tmp_path / "run"
-    while kills < 20:
-        process = series(out)
+    chance, hit, run = random.Random(0), [], 0
+    while len(hit) < 20:
+        process = series(out := tmp_path / f"run_{run}")
         try:
-            # Long enough to get past the start of a kernel, short enough for 20 kills in a run.
-            process.wait(timeout=chance.uniform(0.05, 0.25) * seconds)
-            break
+            # Long enough to get past the start of a kernel, short enough for several in a run.
+            status = process.wait(timeout=chance.uniform(0.02, 0.22) * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            kills += 1
+            at = sorted(out.glob("notebooks/*.unfinished.ipynb"))
+            hit.append(at[-1].name[:2] if at else "-")
+        else:  # it ended before the next kill: another one begins
+            assert status == 0, process.stderr.read()[-2000:]
+            equal_runs(whole, out)
+            run += 1
     process = series(out)
     assert process.wait() == 0, process.stderr.read()[-2000:]
-    print(f"{kills} kills")
-    assert kills >= 5
     equal_runs(whole, out)
+    print(f"{len(hit)} kills, in notebooks {' '.join(hit)}; {run + 1} runs")
 
 
 @pytest.mark.slow
 def test_the_hours_end_and_a_second_session_goes_on_from_read_only_output(whole_run, tmp_path):
     whole, seconds = whole_run
     first, second = tmp_path / "first/run", tmp_path / "second/run"
-    process = series(first, "-p", "MAX_HOURS", f"{0.45 * seconds / 3600:.6f}")
+    process = series(first, "-p", "MAX_HOURS", f"{0.35 * seconds / 3600:.6f}")
     assert process.wait() == 3, process.stderr.read()[-2000:]
-    shutil.copytree(first, second)
     for path in (first, *first.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    process = series(second)
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    process = series(second, attached=first.parent)
     assert process.wait() == 0, process.stderr.read()[-2000:]
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+    ids = [runs.read_stage(run, "02_teacher_phase_1")["id"] for run in (first, second)]
+    assert ids[0] == ids[1]
     equal_runs(whole, second)
 
 

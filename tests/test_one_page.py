@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import keras
 import nbformat
 import papermill
 import pytest
@@ -46,8 +47,17 @@ def drawn(tmp_path_factory):
     return phantoms.draw(tmp_path_factory.mktemp("drawn") / "knees", 30, seed=0, size=64)
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file in the older format of Keras's own, which `.weights.h5` is not."""
+    made = {"include_top": False, "weights": None, "input_shape": (64, 64, 3)}
+    file = tmp_path_factory.mktemp("weights") / "older.h5"
+    keras.applications.MobileNetV3Small(**made).save(file)
+    return file
+
+
 @pytest.fixture(params=["{slug}", "datasets/someone/{slug}"])
-def mount(request, tmp_path, monkeypatch, drawn):
+def mount(request, tmp_path, monkeypatch, drawn, weights):
     """Kaggle's input mount in both layouts: images, and weights under Keras's own names."""
     slug = request.param.format(slug="knee-osteoarthritis-dataset-with-severity")
     for file in drawn.glob("*/*/*.png"):
@@ -58,9 +68,8 @@ def mount(request, tmp_path, monkeypatch, drawn):
     again.parent.mkdir(parents=True)
     Image.new("L", (64, 64)).save(again)
     name = "weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5"
-    weights = NOTEBOOK.parents[1] / "utils" / "weights" / "mobilenetv3small_shapes.weights.h5"
-    (tmp_path / "input" / slug.replace("knee", "weights")).mkdir(parents=True)
-    (tmp_path / "input" / slug.replace("knee", "weights") / name).write_bytes(weights.read_bytes())
+    (place := tmp_path / "input" / slug.replace("knee", "weights")).mkdir(parents=True)
+    shutil.copyfile(weights, place / name)
     monkeypatch.setenv("KAGGLE_INPUT_ROOT", str(tmp_path / "input"))
     return tmp_path
 

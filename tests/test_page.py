@@ -89,7 +89,10 @@ def test_the_verdict_comes_first_and_the_rest_is_folded(run):
 
 
 def test_an_open_or_lost_comparison_is_said_and_synthetic_runs_are_not_judged(tmp_path):
-    for gain, answer in {0.0: "Open: the interval holds 0", -0.3: "No: labels alone are"}.items():
+    for gain, answer in {
+        0.0: "Undecided: the interval includes 0",
+        -0.3: "No: labels alone are",
+    }.items():
         make_run(tmp_path, report(["a", "b", "c"], synthetic=True, gain=gain))
         text = page.write(tmp_path).read_text()
         assert answer in text and "Not judged on synthetic images" in text

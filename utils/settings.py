@@ -120,7 +120,7 @@ class Phase1(Shared):
 
 class Phase2(Shared):
     UNFREEZE: Annotated[float, Field(gt=0, le=1)] = 0.3
-    PHASE_2_EPOCHS: Count = 3
+    PHASE_2_EPOCHS: Count = 4
     PHASE_2_LEARNING_RATE: Rate = 2e-3
 
 
@@ -137,7 +137,7 @@ class Distillation(Shared):
     STUDENT_PRECISION: Precision = "float32"
     STUDENT_BATCH_SIZE: Count = 32
     STUDENT_LABEL_SMOOTHING: Jitter = 0.0
-    STUDENT_LABEL_SOFTENING: Annotated[float, Field(ge=0, le=5)] = 0.4
+    STUDENT_LABEL_SOFTENING: Annotated[float, Field(ge=0, le=5)] = 0.0
     TEMPERATURE: Annotated[float, Field(gt=0, le=100)] = 4.0
     HARD_WEIGHT: Share = 0.3
     VIEWS: Annotated[int, Field(ge=0, le=10_000)] = 3

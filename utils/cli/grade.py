@@ -78,7 +78,7 @@ def grade(path: Path, predict, about: dict) -> dict:
         return row | {"note": f"not graded: {str(error) or type(error).__name__}"}
     if shares.max() < (about["refer_below"] or 0):
         row["note"] = f"below {about['refer_below']:.2f}: a person should decide"
-    named = dict(zip(about["class_names"], np.round(shares, 4).tolist(), strict=True))
+    named = dict(zip(about["class_names"], np.round(shares.astype(float), 4).tolist(), strict=True))
     return row | {"grade": about["class_names"][shares.argmax()], "probabilities": named}
 
 
