@@ -282,7 +282,7 @@ READ = {
     "numbers and words": (made(classes=("2Bad", "0Good", "1Fair")), "['0Good', '1Fair', '2Bad']"),
     "words and numbers": (made(classes=("KL-3", "KL-1")), "['KL-1', 'KL-3']"),
     "nameless": (made(name="scan-{}.png"), "shared None"),
-    "half nameless": (changed(copied("train/0/scan.png")), "1 of 31 file names"),
+    "half nameless": (changed(copied("train/0/scan.png")), "shared None ['1 of 31 file names"),
     "pattern": (given("PATIENT_PATTERN", "scan-([0-9]+)", name="scan-{}.png"), "shared {}"),
     "allowed": (changed(two_splits, "-p", "ALLOW_LEAKS", "true"), LEAK),
     "cut off": (changed(cut_off), "1 left out"),
@@ -425,6 +425,6 @@ def test_no_damaged_file_ends_decode_or_grade(grading, tmp_path):
     pixels, facts, left_out = images.decode(table, 16, unusable=1)
     assert len(facts) + len(left_out) == len(pixels) == 3000 and 100 < len(facts) < 2900
     assert not np.delete(pixels, facts.index, axis=0).any()
-    status, rows = grading(tmp_path / "damaged/3")
-    assert status == 1 and len(rows) == 300
-    assert 10 < sum(row["grade"] is None for row in rows) < 290
+    status, rows = grading(tmp_path / "damaged")
+    assert status == 1 and len(rows) == 3000
+    assert 100 < sum(row["grade"] is None for row in rows) < 2900

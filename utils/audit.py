@@ -42,7 +42,7 @@ def audit(facts: pd.DataFrame, images: np.ndarray, found: Mapping) -> dict:
         "images": len(facts),
         "counts": counts.to_dict("index"),
         "patient_rule": found["patient_rule"],
-        "shared_patients": shared if found["patient_rule"] or shared else None,
+        "shared_patients": shared if found["patient_rule"] == 1 or shared else None,
         "identical_across_splits": groups[crossing].tolist(),
         "identical_within_split": groups[~crossing].tolist(),
         "near_copies": near_copies(images, facts),
