@@ -386,6 +386,10 @@ def students(a):
     pixels, labels, folds = unpack(a.pack, a.size)
     train, judged, steps = split_rows(folds, a.folds)
     count, lanes = len(labels), [(arm, fold) for arm in a.arms for fold in a.folds]
+    files = {(n, k): a.out / f"views_{n}_{k}.npy" for arm, k in lanes for n in arm.teachers}
+    if missing := sorted({path.name for path in files.values() if not path.exists()}):
+        raise SystemExit(f"{a.out} has no {', '.join(missing)}: run `teachers` for them first.")
+    looked = {key: np.load(path) for key, path in files.items()}
     hard = losses.hard_targets(labels, CLASSES)
     options = {"classes": CLASSES, "weights": str(a.weights), "seed": a.seed}
     model = models.build_student(a.backbone, a.size, **options)
@@ -402,12 +406,6 @@ def students(a):
     programs.compile(pixels, blank, -(-max(map(len, judged.values())) // 64) * 64)
     stacked = jax.tree.map(lambda v: np.stack([v] * len(lanes)), programs.start)
     hard_weight = np.float32([arm.hard_weight for arm, _ in lanes])
-    files = {(n, k): a.out / f"views_{n}_{k}.npy" for arm, k in lanes for n in arm.teachers}
-    for path in [*files.values(), *a.after]:
-        while not path.exists():  # the teachers may still be at work
-            time.sleep(0.5)
-    looked = {key: np.load(path) for key, path in files.items()}
-    say("everything is there")
 
     def epoch_inputs(epoch):
         """What the lanes need in an epoch: parameters of views, targets, orders."""
@@ -431,30 +429,18 @@ def students(a):
             state, cost = programs.train(state, pixels, *rest, part, rate)
         return state, cost.block_until_ready()
 
-    epochs = a.epochs
-    if a.until:  # Two calls at rate 0, on weights thrown away, tell how many epochs fit.
-        drawn, targets, order = epoch_inputs(0)
-        still, inputs = np.zeros((1, CALL, len(lanes)), "float32"), (drawn, targets, order[:1])
-        state, _ = run(jax.device_put(stacked), inputs, still)
-        began = time.time()
-        run(state, inputs, still)
-        pace = (time.time() - began) * steps / CALL * 1.03
-        epochs = min(epochs, int((a.until - time.time() - 15) / pace))
-        say(f"{pace:.1f} s an epoch, {steps * BATCH * len(lanes) / pace:,.0f} images/s: {epochs}")
-        if epochs < a.fewest:
-            return say(f"no time for {a.fewest} epochs")
-    curves = [rates(arm.rate, steps, epochs).reshape(epochs, -1, CALL) for arm, _ in lanes]
+    curves = [rates(arm.rate, steps, a.epochs).reshape(a.epochs, -1, CALL) for arm, _ in lanes]
     curves, state = np.stack(curves, axis=-1), jax.device_put(stacked)
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(epoch_inputs, 0)
-        for epoch in range(epochs):
+        for epoch in range(a.epochs):
             inputs = ahead.result()
-            ahead = pool.submit(epoch_inputs, min(epoch + 1, epochs - 1))
+            ahead = pool.submit(epoch_inputs, min(epoch + 1, a.epochs - 1))
             state, cost = run(state, inputs, curves[epoch])
             if epoch % 5 == 4 or epoch < 2:
                 of_arm = np.asarray(cost).mean(0).reshape(len(a.arms), -1).mean(1)
                 shown = dict(zip([arm.name for arm in a.arms], of_arm.round(3), strict=True))
-                say(f"epoch {epoch + 1} of {epochs}:", shown)
+                say(f"epoch {epoch + 1} of {a.epochs}:", shown)
     found = {arm.name: np.full((count, 2, CLASSES), np.nan, "float32") for arm in a.arms}
     rows = [judged[fold] for _, fold in lanes]
     for side, drawn in enumerate(both_views(count)):
@@ -463,7 +449,7 @@ def students(a):
         for (arm, _), own, of_lane in zip(lanes, rows, said, strict=True):
             found[arm.name][own, side] = of_lane[: len(own)]
     runs.write_atomic(a.out / f"students_{a.size}.npz", lambda p: np.savez(p, **found))
-    say(f"students done after {epochs} epochs")
+    say(f"students done after {a.epochs} epochs")
 
 
 def gather(a):
@@ -632,9 +618,6 @@ def arguments() -> argparse.ArgumentParser:
     verb.add_argument("--size", type=int, default=224)
     verb.add_argument("--arms", type=Arm.read, nargs="+", required=True, help=Arm.read.__doc__)
     verb.add_argument("--epochs", type=int, default=40)
-    verb.add_argument("--until", type=float, default=0, help="Unix seconds; then fewer epochs")
-    verb.add_argument("--fewest", type=int, default=1, help="epochs; if they do not fit, none")
-    verb.add_argument("--after", type=Path, nargs="*", default=[], help="files to wait for")
     verb = verbs.add_parser("gather")
     verb.add_argument("pack", type=Path)
     verb.add_argument("out", type=Path)
