@@ -378,7 +378,7 @@ class Arm:
 
 
 def students(a):
-    """Train the students of all arms and folds side by side, then judge them."""
+    """Train the students of all arms and folds, side by side or one by one, then judge them."""
     import jax
 
     from utils import losses, models, runs, views
@@ -391,24 +391,23 @@ def students(a):
         raise SystemExit(f"{a.out} has no {', '.join(missing)}: run `teachers` for them first.")
     looked = {key: np.load(path) for key, path in files.items()}
     hard = losses.hard_targets(labels, CLASSES)
-    options = {"classes": CLASSES, "weights": str(a.weights), "seed": a.seed}
-    model = models.build_student(a.backbone, a.size, **options)
+    options = {"weights": str(a.weights), "seed": a.seed, "precision": a.precision}
+    model = models.build_student(a.backbone, a.size, CLASSES, **options)
     of_labels, of_teacher = losses.teacher_loss(), losses.DistillationLoss(TEMPERATURE, 0, CLASSES)
 
     def loss(y, logits, hard_weight):  # DistillationLoss, but the weight differs by lane
         soft = (1 - hard_weight) * of_teacher(y, logits)
         return soft + hard_weight * of_labels(y[:, :CLASSES], logits)
 
-    programs = Programs(fast(model, depthwise=False), loss, len(lanes))
+    programs = Programs(fast(model, a.one_by_one), loss, 0 if a.one_by_one else len(lanes))
     pixels = jax.device_put(pixels)
-    say(f"{len(lanes)} lanes, {model.count_params():,} parameters, {steps} steps an epoch")
+    say(f"{len(lanes)} trainings, {model.count_params():,} parameters, {steps} steps an epoch")
     blank = np.zeros((count, 2 * CLASSES), "float32")
     programs.compile(pixels, blank, -(-max(map(len, judged.values())) // 64) * 64)
-    stacked = jax.tree.map(lambda v: np.stack([v] * len(lanes)), programs.start)
-    hard_weight = np.float32([arm.hard_weight for arm, _ in lanes])
+    found = {arm.name: np.full((count, 2, CLASSES), np.nan, "float32") for arm in a.arms}
 
-    def epoch_inputs(epoch):
-        """What the lanes need in an epoch: parameters of views, targets, orders."""
+    def epoch_inputs(lanes, epoch):
+        """What these lanes need in an epoch: parameters of views, targets, orders."""
         drawn, targets, order = [], [], []
         view_of = {arm: epoch % arm.stored if arm.stored else epoch for arm, _ in lanes}
         made = {v: views.parameters(VIEW_SEED, count, v, AUGMENTATION) for v in view_of.values()}
@@ -420,35 +419,41 @@ def students(a):
             drawn.append(made[view_of[arm]])
             targets.append(y)
             order.append(order_of(train[fold], a.seed, epoch, steps).reshape(-1, CALL, BATCH))
-        return np.stack(drawn), np.stack(targets), np.stack(order, axis=2)
+        return stacked(drawn), stacked(targets), stacked(order, 2)
 
-    def run(state, inputs, curve):
-        drawn, targets, order = jax.device_put(inputs)
-        rest = (drawn, targets, hard_weight, np.ones(len(PHASES), "float32"))
-        for part, rate in zip(order, curve, strict=True):
-            state, cost = programs.train(state, pixels, *rest, part, rate)
-        return state, cost.block_until_ready()
+    def stacked(values, axis=0):
+        return values[0] if a.one_by_one else np.stack(values, axis)
 
-    curves = [rates(arm.rate, steps, a.epochs).reshape(a.epochs, -1, CALL) for arm, _ in lanes]
-    curves, state = np.stack(curves, axis=-1), jax.device_put(stacked)
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(epoch_inputs, 0)
-        for epoch in range(a.epochs):
-            inputs = ahead.result()
-            ahead = pool.submit(epoch_inputs, min(epoch + 1, a.epochs - 1))
-            state, cost = run(state, inputs, curves[epoch])
-            if epoch % 5 == 4 or epoch < 2:
-                of_arm = np.asarray(cost).mean(0).reshape(len(a.arms), -1).mean(1)
-                shown = dict(zip([arm.name for arm in a.arms], of_arm.round(3), strict=True))
-                say(f"epoch {epoch + 1} of {a.epochs}:", shown)
-    found = {arm.name: np.full((count, 2, CLASSES), np.nan, "float32") for arm in a.arms}
-    rows = [judged[fold] for _, fold in lanes]
-    for side, drawn in enumerate(both_views(count)):
-        said = np.asarray(programs.logits(state, pixels, drawn, rows))
-        said = said.reshape(len(lanes), -1, CLASSES)
-        for (arm, _), own, of_lane in zip(lanes, rows, said, strict=True):
-            found[arm.name][own, side] = of_lane[: len(own)]
-    runs.write_atomic(a.out / f"students_{a.size}.npz", lambda p: np.savez(p, **found))
+    for group in [[lane] for lane in lanes] if a.one_by_one else [lanes]:
+        copies = [programs.start] * len(group)
+        state = jax.device_put(jax.tree.map(lambda *same: stacked(same), *copies))
+        hard_weight = stacked([np.float32(arm.hard_weight) for arm, _ in group])
+        curves = [rates(arm.rate, steps, a.epochs).reshape(a.epochs, -1, CALL) for arm, _ in group]
+        curves = stacked(curves, 3)
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(epoch_inputs, group, 0)
+            for epoch in range(a.epochs):
+                drawn, targets, order = jax.device_put(ahead.result())
+                ahead = pool.submit(epoch_inputs, group, min(epoch + 1, a.epochs - 1))
+                rest = (drawn, targets, hard_weight, np.ones(len(PHASES), "float32"))
+                for part, rate in zip(order, curves[epoch], strict=True):
+                    state, cost = programs.train(state, pixels, *rest, part, rate)
+                cost = np.asarray(cost).reshape(CALL, -1).mean(0)
+                if epoch % 12 == 11 or epoch < 2:
+                    lane_costs = zip(group, cost, strict=True)
+                    shown = {f"{arm.name}, {fold}": f"{c:.3f}" for (arm, fold), c in lane_costs}
+                    say(f"epoch {epoch + 1} of {a.epochs}:", shown)
+        rows = [judged[fold] for _, fold in group]
+        for side, drawn in enumerate(both_views(count)):
+            said = np.asarray(programs.logits(state, pixels, drawn, rows))
+            said = said.reshape(len(group), -1, CLASSES)
+            for (arm, _), own, of_lane in zip(group, rows, said, strict=True):
+                found[arm.name][own, side] = of_lane[: len(own)]
+        for (arm, fold), own in zip(group, rows, strict=True):
+            right = (found[arm.name][own, 0].argmax(1) == labels[own]).mean()
+            say(f"{arm.name} fold {fold}: accuracy {right:.3f}")
+        path = a.out / f"students_{a.label or a.size}.npz"
+        runs.write_atomic(path, lambda p: np.savez(p, **found))
     say(f"students done after {a.epochs} epochs")
 
 
@@ -469,13 +474,13 @@ def gather(a):
             name = path.stem.removeprefix("teacher_").replace("_", " ")
             columns |= {f"{name}|{view}|{k}": logits[:, side, k].round(2) for k in range(CLASSES)}
     for path in sorted(a.out.glob("students_*.npz")):
-        size = path.stem.split("_")[1]
+        label = path.stem.split("_", 1)[1]
         with np.load(path) as file:
             for name, logits in file.items():
                 said = {"plain": logits[:, 0], "both": logits.mean(axis=1)}
                 for view, scores in said.items():
                     grades = pd.Series(scores.argmax(1)).where(np.isfinite(scores[:, 0]))
-                    columns[f"{size} {name}|{view}"] = grades.astype("Int8")
+                    columns[f"{label} {name}|{view}"] = grades.astype("Int8")
     frame = pd.DataFrame(columns).dropna().sort_values(["patient", "label"])
     frame.to_csv(a.csv, index=False)
     say(f"{len(frame)} images, {frame['patient'].nunique()} patients, {frame.shape[1]} columns")
@@ -618,6 +623,9 @@ def arguments() -> argparse.ArgumentParser:
     verb.add_argument("--size", type=int, default=224)
     verb.add_argument("--arms", type=Arm.read, nargs="+", required=True, help=Arm.read.__doc__)
     verb.add_argument("--epochs", type=int, default=40)
+    verb.add_argument("--precision", default="float32")
+    verb.add_argument("--one-by-one", action="store_true", help="not as lanes of one program")
+    verb.add_argument("--label", default="", help="of these students in the table (default: size)")
     verb = verbs.add_parser("gather")
     verb.add_argument("pack", type=Path)
     verb.add_argument("out", type=Path)
