@@ -84,6 +84,8 @@ def test_the_verdict_comes_first_and_the_rest_is_folded(run):
     assert f"{student['accuracy']:.3f} ({student['ci95']['accuracy'][0]:.3f} to" in words
     assert "Did distillation help? Yes" in words
     assert "Is the target met? No" in words
+    assert "Labels only KL 0 KL 1" in words and "A difference of 0.000" not in words
+    assert "An interval without width" in words
     assert "0.913 (0.871 to 0.954)" in words
     assert "04 Teacher phase 3" in words and "teacher/phase_3/stage" not in words
 
