@@ -517,7 +517,7 @@ def answers(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     other = {name: np.stack([*zip(*logits[name, "mirrored"], strict=True)]) for name, _ in logits}
     means = [(name,) for name in single]
     means += [("A", "A earlier"), ("A", "C earlier"), ("A", "D"), ("A", "C", "D")]
-    means += [("A", "A earlier", "C earlier", "D")]
+    means += [("A", "A earlier", "C earlier", "D"), ("A", "B"), ("A", "A earlier", "B")]
     found = {}
     for names in (m for m in means if set(m) <= set(single)):
         title = " and ".join(names)
@@ -565,7 +565,15 @@ A and A earlier and C earlier and D + mirrored - A + mirrored
 224 labels V8 1e-4 - 224 labels 1e-4; 224 A w0 tuned + mirrored - 224 A w0 tuned
 224 labels tuned + mirrored - 224 labels tuned
 224 A+C+D w0 tuned + mirrored - 224 A+C+D w0 tuned
-384 A w0 2e-4 - 224 A w0 2e-4; 384 labels 1e-4 - 224 labels 1e-4; 384 A w0 2e-4 - A"""
+384 A w0 tuned - 384 labels tuned; 384 A w0 1e-4 - 384 labels 0.5e-4
+384 A w0 tuned + mirrored - 384 labels tuned + mirrored
+384 A w0 2e-4 - 224 alone A w0 2e-4; 384 A w0 tuned - 224 A w0 tuned
+384 labels tuned - 224 labels tuned; 384 A w0 1e-4 - 384 A w0 2e-4
+384 A w0 tuned - A; 384 A w0 tuned + mirrored - A + mirrored; 384 A w0 1e-4 - A
+384 A w0 tuned + mirrored - 384 A w0 tuned; 384 long A w0 V40 2e-4 - 384 A w0 2e-4
+224 long A w0 V40 2e-4 - 224 alone A w0 2e-4; 224 alone A w0 2e-4 - 224 A w0 2e-4
+B - A; B + mirrored - A + mirrored; A and B - A; A and A earlier and B - A
+A and B + mirrored - A + mirrored; A and A earlier and B + mirrored - A + mirrored"""
 
 
 def table(path: Path, draws: int):
