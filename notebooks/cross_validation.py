@@ -306,6 +306,7 @@ def split_rows(folds: np.ndarray, judged: list[int]):
 def teachers(a):
     """Train a teacher for each judged fold; judge it; let it look at the students' views."""
     import jax
+    import keras
 
     from utils import losses, models, runs, views
 
@@ -315,7 +316,7 @@ def teachers(a):
     targets = losses.hard_targets(labels, CLASSES, a.softening, a.smoothing)
     options = {"classes": CLASSES, "weights": str(a.weights), "seed": a.seed}
     model = models.build_teacher(a.backbone, a.size, dropout=0.4, precision=a.precision, **options)
-    cost = losses.teacher_loss()
+    cost = keras.losses.CategoricalCrossentropy(from_logits=True)
     programs = Programs(fast(model, depthwise=True), lambda y, logits, _: cost(y, logits))
     pixels, targets = jax.device_put((pixels, targets))
     say(f"{count} images, {model.count_params():,} parameters, {steps} steps an epoch")
@@ -380,6 +381,7 @@ class Arm:
 def students(a):
     """Train the students of all arms and folds side by side, then judge them."""
     import jax
+    import keras
 
     from utils import losses, models, runs, views
 
@@ -393,7 +395,8 @@ def students(a):
     hard = losses.hard_targets(labels, CLASSES)
     options = {"classes": CLASSES, "weights": str(a.weights), "seed": a.seed}
     model = models.build_student(a.backbone, a.size, **options)
-    of_labels, of_teacher = losses.teacher_loss(), losses.DistillationLoss(TEMPERATURE, 0, CLASSES)
+    of_labels = keras.losses.CategoricalCrossentropy(from_logits=True)
+    of_teacher = losses.DistillationLoss(TEMPERATURE, 0, CLASSES)
 
     def loss(y, logits, hard_weight):  # DistillationLoss, but the weight differs by lane
         soft = (1 - hard_weight) * of_teacher(y, logits)

@@ -117,11 +117,6 @@ class MacroF1(Accuracy):
         return ops.mean(ops.divide_no_nan(2 * hits, total))
 
 
-def teacher_loss() -> keras.losses.Loss:
-    """What a model without a teacher minimises: logits (B, K) against distributions (B, K)."""
-    return keras.losses.CategoricalCrossentropy(from_logits=True)
-
-
 def metrics(classes: int, ordered: bool = True) -> list[keras.metrics.Metric]:
     """What `compile` measures: accuracy, and the metric by which the best epoch is chosen."""
     return [Accuracy(classes), QuadraticWeightedKappa(classes) if ordered else MacroF1(classes)]
