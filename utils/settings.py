@@ -208,8 +208,7 @@ def validate(values: Mapping[str, object], notebook: str | None = None) -> dict[
                 findings += [_finding(key, fault) for fault in error.errors()]
     if findings:
         raise SettingsError("\n".join(dict.fromkeys(findings)))
-    check_together(found)
-    return found
+    return settle(found)
 
 
 def _finding(notebook: str, fault: Mapping) -> str:
@@ -220,10 +219,10 @@ def _finding(notebook: str, fault: Mapping) -> str:
     return f"{name} = {value!r} (notebook {notebook[:2]}): {text}."
 
 
-def check_together(found: Mapping[str, object]) -> None:
-    """Refuse values that are good alone and not together, as far as they are known yet.
+def settle(found: Mapping[str, object]) -> dict[str, object]:
+    """Values as they apply together, as far as they are known yet: no softening without an order.
 
-    SettingsError: all findings, a line each.
+    SettingsError: all findings, a line each, where they do not go together.
     """
     findings, stored = [], found.get("STORED_SIZE", float("inf"))
     for name in ("TEACHER", "STUDENT"):
@@ -242,11 +241,11 @@ def check_together(found: Mapping[str, object]) -> None:
         )
     for name in ("BATCH_SIZE", "STUDENT_BATCH_SIZE"):
         if found.get(name, 0) % found.get("DEVICES", 1):
-            findings.append(
-                f"{name} = {found[name]} does not divide over {found['DEVICES']} DEVICES"
-            )
+            findings.append(f"{name} = {found[name]} is no multiple of {found['DEVICES']} DEVICES")
     if findings:
         raise SettingsError("\n".join(findings))
+    soft = found.get("ORDERED", True)
+    return {n: v if soft or not n.endswith("LABEL_SOFTENING") else 0.0 for n, v in found.items()}
 
 
 def load_profile(name: str) -> dict[str, object]:
