@@ -264,6 +264,14 @@ def neighbours(folder):
     (folder / "train/0/scan.dcm").write_bytes(b"DICM")
 
 
+def beside(folder):
+    (folder / "labels.csv").write_text("a,b")
+    (folder / "train/readme.md").write_text("a")
+    (folder / "train/0/loop").symlink_to(folder / "train")  # leads back up: nothing comes twice
+    for path in ("train", "test/1/patient/visit"):
+        save(folder / path / "1L.png", picture(np.random.default_rng(3)))
+
+
 def photographs(folder):
     write(folder, classes=("bud", "green", "turning", "ripe", "rotten"), name="{}.jpg")
     rng = np.random.default_rng(4)
@@ -302,7 +310,8 @@ READ = {
     "macOS": (changed(macos), "30 images"),
     "flat test": (changed(added("test/1.png", np.eye(9)), splits=ALL[:2], count=9), "test is left"),
     "no splits": (changed(no_splits, splits=("train",), count=12), "24 images"),
-    "neighbours": (changed(neighbours), "1 .csv"),
+    "neighbours": (changed(neighbours), "1 .csv, 1 .dcm: train/0/readme.csv, "),
+    "beside": (changed(beside), "2 .png, 1 .csv, 1 .md: labels.csv, test/1/patient/visit/1L.png"),
     "photographs": (photographs, "'colour': True"),
 }
 assert len(REFUSED) + len(READ) >= 35
@@ -395,10 +404,12 @@ def grading(monkeypatch, capsys):
 def test_each_file_of_a_folder_gets_a_row_from_grade(grading, tmp_path):
     for case in (cut_off, pixel_bomb, gbk_name, neighbours, broken_link):
         case(write(tmp_path / case.__name__))
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    (tmp_path / "linked").symlink_to(write(tmp_path / "macOS/__MACOSX", count=1))
+    files = [p for p in tmp_path.rglob("*") if "macOS" not in str(p) and not p.is_dir()]
     status, rows = grading(tmp_path)
-    assert status == 1 and len(rows) == len(files)
-    assert sum(row["grade"] is None for row in rows) == 4  # cut off, bomb, CSV and DICOM
+    assert status == 1 and len(rows) == len(files) + 6
+    # cut off, bomb, CSV, DICOM, and a link whose file is gone
+    assert sum(row["grade"] is None for row in rows) == 5
     assert all(row["note"] for row in rows if row["grade"] is None)
 
 

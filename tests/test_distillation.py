@@ -80,7 +80,11 @@ def test_a_stopped_pass_goes_on_and_a_damaged_view_is_made_again(stage, tmp_path
     store.path(1).write_bytes(b"damaged")
     with pytest.raises(runs.StageError, match="run 05 again"):
         store.logits(1)
+    distillation.teacher_views(stage, teachers, Images(), count=3)
     before = store.path(0).stat().st_mtime_ns
+    (store.folder / "origin.json").unlink()
+    distillation.teacher_views(stage, teachers, Images(), count=3)
+    assert not (store.folder / "origin.json").exists()  # complete: nothing is written
     more = distillation.teacher_views(stage, teachers, Images(), count=4)
     assert more.complete and store.path(0).stat().st_mtime_ns == before
     assert np.array_equal(more.logits(0), kept)
@@ -126,11 +130,13 @@ def test_other_classes_or_an_unfinished_run_are_refused(tmp_path, monkeypatch):
         distillation.teacher_files(tmp_path, Images(), [str(tmp_path)])
 
 
-def test_a_changed_further_teacher_changes_what_05_depends_on(tmp_path):
+def test_a_changed_further_teacher_changes_what_05_depends_on(tmp_path, monkeypatch):
     file = tmp_path / distillation.TEACHER
     file.parent.mkdir(parents=True)
     file.write_bytes(b"one")
     before = distillation.digests([str(tmp_path)])
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert distillation.digests([f"~/{tmp_path.name}"]) == before  # as the command would name it
     file.write_bytes(b"two")
     assert distillation.digests([str(tmp_path)]) != before
     assert distillation.digests([]) == {}

@@ -163,6 +163,25 @@ def test_what_is_missing_is_said_before_a_kernel_starts(start, tmp_path):
     assert status == 1 and "run notebook 01_data first" in err and len(err.splitlines()) == 1
 
 
+def test_a_command_holds_its_run_between_notebooks_too(project, start):
+    """01 is done while A9, which opens no stage, runs: a second command and a hand are refused."""
+    book = nbformat.read(project / "notebooks/A9_more.ipynb", 4)
+    book.cells[1].source = f"import time\nopen({str(project / 'here')!r}, 'w')\ntime.sleep(30)"
+    nbformat.write(book, project / "notebooks/A9_more.ipynb")
+    code = MAIN.format(root=str(project)).replace("01,02,03", "01,A9")
+    options = {"cwd": Path(runs.__file__).parents[1], "stdout": -1, "stderr": -1}
+    first = subprocess.Popen([sys.executable, "-c", code], **options)
+    while first.poll() is None and not (project / "here").exists():
+        time.sleep(0.1)
+    status, out, err = start(only="01")
+    assert status == 1 and "Another process is using" in err and "an epoch" not in out
+    with pytest.raises(runs.StageError, match="Another process"):
+        runs.open_stage("02_teacher_phase_1", {"RUN_DIR": "runs/tiny"})
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    assert start(only="01,02")[0] == 0  # free again, and shared with both notebooks
+
+
 def test_ctrl_c_ends_the_kernel_and_tensorflow_is_not_imported(project):
     work = os.environ | {"MINI_WORK": "import time; time.sleep(60)"}
     arguments = [sys.executable, "-c", MAIN.format(root=str(project))]

@@ -44,7 +44,7 @@ def test_a_changed_parameter_sets_the_stage_aside_and_says_what_changed(run, cap
     finish(FIRST, run)
     assert not opened(FIRST, run, SEED=7).finished
     said = capsys.readouterr().out
-    assert "SEED was 0, is 7" in said
+    assert "data is set aside (SEED was 0, is 7): kept as data." in said
     [aside] = [p for p in run.iterdir() if p.name.startswith("data.")]
     assert json.loads((aside / "stage.json").read_text())["finished"]
 
@@ -62,7 +62,7 @@ def test_shared_parameters_and_the_place_of_the_images_change_nothing(run, tmp_p
     assert opened(FIRST, run, MAX_HOURS=1.0, DATA_DIR=str(tmp_path)).finished
 
 
-def test_other_images_make_later_stages_stale_and_the_same_images_do_not(run):
+def test_other_images_make_later_stages_stale_and_the_same_images_do_not(run, capsys):
     finish(FIRST, run, id="digest of a")
     finish(SECOND, run)
     finish(FIRST, run, id="digest of a", SEED=7)  # made again, with the same result
@@ -71,6 +71,8 @@ def test_other_images_make_later_stages_stale_and_the_same_images_do_not(run):
     with pytest.raises(runs.StageError, match="made from another 01_data"):
         opened(THIRD, run)
     assert not opened(SECOND, run).finished
+    said = capsys.readouterr().out
+    assert "SEED was 7, is 0; other images)" in said and "(01_data was made anew)" in said
 
 
 def test_a_missing_or_unfinished_stage_is_named(run):
@@ -106,6 +108,32 @@ def test_values_of_two_notebooks_must_go_together(run):
     finish(FIRST, run, STORED_SIZE=64)
     with pytest.raises(settings.SettingsError, match="STORED_SIZE = 96"):
         opened(SECOND, run)
+
+
+def test_a_path_means_the_same_to_the_check_and_to_the_notebook(run, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "mine.h5").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    space = {"RUN_DIR": str(run), "DATA_DIR": "images", "T": 4}
+    runs.open_stage(FIRST, space, {"images": "a"}).finish()
+    assert space["DATA_DIR"] == str(tmp_path / "images") and space["T"] == 4
+    space = {"RUN_DIR": str(run), "TEACHER_WEIGHTS": "~/mine.h5", "SEED": 9}
+    assert runs.open_stage(SECOND, space).settings["TEACHER_WEIGHTS"] == space["TEACHER_WEIGHTS"]
+    assert space["TEACHER_WEIGHTS"] == str(tmp_path / "mine.h5")
+    assert space["SEED"] == 9  # another notebook decides it: left alone
+
+
+def test_classes_without_an_order_have_no_softening_neither_by_hand_nor_by_command(run):
+    finish(FIRST, run, ORDERED=False)
+    space = {"RUN_DIR": str(run), "LABEL_SOFTENING": 0.6}
+    stage = runs.open_stage(SECOND, space)
+    stage.finish()
+    assert space["LABEL_SOFTENING"] == stage.settings["LABEL_SOFTENING"] == 0
+    assert opened(THIRD, run).settings["LABEL_SOFTENING"] == 0
+    wanted = settings.validate({"ORDERED": False, "LABEL_SOFTENING": 0.6})
+    assert runs.changes(stage.saved, runs.identity(SECOND, wanted), stage.saved["inputs"]) == []
+    assert settings.validate({"LABEL_SOFTENING": 0.6})["LABEL_SOFTENING"] == 0.6
 
 
 HOLD = """

@@ -111,8 +111,8 @@ def save(
     for name, rows in {"files.csv": table[["image", "sha"]], "manifest.csv": manifest}.items():
         runs.write_atomic(folder / name, lambda path, rows=rows: rows.to_csv(path, index=False))
     runs.write_atomic(folder / "images.npy", lambda path: np.save(path, kept))
-    label, aspect = source / settings.SYNTHETIC, facts["width"] / facts["height"]
-    drawn = runs.read_json(label) if label.exists() else {}
+    aspect = facts["width"] / facts["height"]
+    drawn = runs.read_json(source / settings.SYNTHETIC, {})
     content = manifest.to_csv(index=False).encode() + kept.tobytes()
     about = {
         "name": os.fsencode(source.name).decode("utf-8", "backslashreplace"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import data, runs, views
+from utils import data, runs, settings, views
 
 TEACHER = "teacher/phase_3/teacher.keras"  # in a run
 
@@ -79,7 +79,7 @@ def teacher_files(run: Path, dataset: data.Dataset, more: list[str]) -> list[Pat
 
 def digests(more: list[str]) -> dict[str, str]:
     """What stage 05 depends on beside its own run: SHA-256 of each further teacher's file."""
-    return {folder: _sha256(Path(folder) / TEACHER) for folder in more}
+    return {str(folder): _sha256(folder / TEACHER) for folder in map(settings.resolve, more)}
 
 
 def _sha256(path: Path) -> str:
@@ -115,15 +115,14 @@ def teacher_views(
     goes on, and more views only add to them. The deadline ends the pass between two views: then
     `ViewStore.complete` is False. ValueError: logits that are not finite.
     """
-    augmentation, hashes = dataset.augmentation, [_sha256(file) for file in teachers]
-    origin = {"augmentation": augmentation, "data": dataset.digest, "teachers": hashes}
-    origin["seed"] = dataset.seed
+    origin = {"augmentation": dataset.augmentation, "seed": dataset.seed, "data": dataset.digest}
+    origin["teachers"] = [_sha256(file) for file in teachers]
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
     store = ViewStore(stage.path("views", key), count, len(dataset.rows("train")))
-    runs.write_json(store.folder / "origin.json", origin)
     for view in tqdm(store.missing(), "teacher views", disable=runs.batch_mode()):
         if time.time() > stage.deadline:
             break
+        runs.write_json(store.folder / "origin.json", origin)
         logits = mean_logits(list(teachers.values()), dataset, "train", view, batch_size)
         runs.write_atomic(store.path(view), partial(np.save, arr=logits))
     return store

@@ -43,11 +43,13 @@ def write_json(path: Path, content: object) -> Path:
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> object:
-    """Read a JSON file; StageError when it is missing or damaged."""
+def read_json(path: Path, *missing) -> object:
+    """Read a JSON file; StageError when it is damaged, or missing without a value for that case."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if missing:
+            return missing[0]
         raise StageError(f"{path} is missing: run the notebook that writes it.") from error
     except ValueError as error:
         message = f"{path} is damaged ({error}): move it away and run its notebook."

@@ -27,8 +27,8 @@ def contents(folder: Path) -> Contents:
     found = Contents([], [], [])
     try:
         paths = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
-    except OSError:  # nobody may read it: it counts as empty
-        return found
+    except OSError:  # nobody may list it, or it is a file: it counts as one that is not read
+        return Contents([], [], [folder])
     for path in paths:
         if path.is_dir():
             found.folders.extend([path] * (not (path / "data/stage.json").exists()))
@@ -37,6 +37,13 @@ def contents(folder: Path) -> Contents:
         elif path.name not in (SYNTHETIC, "FAULTS.json"):
             found.others.append(path)
     return found
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """All files in a folder and below it, through links, except those that lead back up."""
+    inside, above = contents(folder), (*above, folder.resolve())
+    deeper = [f for c in inside.folders if c.resolve() not in above for f in files_below(c, above)]
+    return inside.images + inside.others + deeper
 
 
 def classes(folder: Path) -> list[Path]:
@@ -50,10 +57,10 @@ def kinds(folder: Path) -> list[str]:
     return sorted(name for name, n in inside.items() if n > 1 and not re.search(r"\d", name))
 
 
-def not_read(others: list[Path]) -> str:
-    """Files counted by extension, such as "Not read: 12 .dcm, 1 .csv."; "" for none."""
-    counts = Counter(path.suffix.lower() or "without extension" for path in others).most_common()
-    return f"Not read: {listing([f'{n} {ending}' for ending, n in counts])}." if counts else ""
+def counted(files: list[Path]) -> str:
+    """Files by extension, such as "12 .dcm, 1 .csv"; "no file" for none."""
+    counts = Counter(path.suffix.lower() or "without extension" for path in files).most_common()
+    return listing([f"{n} {ending}" for ending, n in counts]) or "no file"
 
 
 def find_dataset(data_dir: str | Path = "") -> Path | None:
@@ -62,11 +69,10 @@ def find_dataset(data_dir: str | Path = "") -> Path | None:
     data_dir: empty: Kaggle's input mount, without synthetic X-rays; None where nothing is attached.
     Raises FileNotFoundError (nothing there) or ValueError (several datasets).
     """
-    root, others = settings.resolve(data_dir) if data_dir else runs.kaggle_input(), []
+    root = settings.resolve(data_dir) if data_dir else runs.kaggle_input()
 
     def search(folder, levels=6):
         inside = contents(folder)
-        others.extend(inside.others)
         if not data_dir and (folder / SYNTHETIC).exists():
             return []
         splits = [c for c in inside.folders if SPLIT.fullmatch(c.name.lower())]
@@ -83,8 +89,8 @@ def find_dataset(data_dir: str | Path = "") -> Path | None:
         raise ValueError(f"{len(found)} datasets; set DATA_DIR to one of: {listing(found)}.")
     if data_dir and not found:
         raise FileNotFoundError(
-            f"There is no train/<class>/<image> or <class>/<image> below {root}. "
-            f"{not_read(others) or 'No file is there.'} Read are {', '.join(sorted(EXTENSIONS))}."
+            f"There is no train/<class>/<image> or <class>/<image> below {root}, which holds "
+            f"{counted(files_below(root))}. Read are {', '.join(sorted(EXTENSIONS))}."
         )
     return found[0] if found else None
 
@@ -100,7 +106,7 @@ def scan(
     pattern finds none), path and sha (of the bytes; "" if unreadable). found: class_names,
     patient_rule (share of the images whose patient is known), notes. ValueError: unusable folders.
     """
-    rows, named, others = [], set(), []
+    rows, named = [], set()
     splits, notes = _splits(folder)
     for split, place in splits.items():
         while len(inside := contents(place).folders) == 1 and not contents(inside[0]).images:
@@ -113,11 +119,10 @@ def scan(
         for cls in inside:
             name = printable(cls.name)
             for deep in (cls, *contents(cls).folders):  # class/image or class/patient/image
-                found = contents(deep)
+                found = contents(deep).images
                 own = None if deep == cls else printable(deep.name)
-                rows += [(path, split, name, own) for path in found.images]
-                others += found.others
-                if found.images or place != folder:
+                rows += [(path, split, name, own) for path in found]
+                if found or place != folder:
                     named.add(name)
     table = pd.DataFrame(rows, columns=["path", "split", "class", "patient"])
     class_names = order_classes(named, class_order, ordered)
@@ -127,9 +132,13 @@ def scan(
     patient = table["image"].str.extract(patient_pattern or PATIENT)[0].fillna(table["patient"])
     table["patient"] = patient.fillna(table["image"].str.rpartition(".")[0])
     if unknown := int(patient.isna().sum()):
-        counted = "each of those images counts as a patient of its own (PATIENT_PATTERN)"
-        notes.append(f"{unknown} of {len(table)} file names do not tell the patient: {counted}")
-    notes += [not_read(others)] * bool(others)
+        alone = "each of those images counts as a patient of its own (PATIENT_PATTERN)"
+        notes.append(f"{unknown} of {len(table)} file names do not tell the patient: {alone}")
+    files = set(contents(folder).images + contents(folder).others)
+    files.update(*map(files_below, splits.values()))
+    if left := sorted(files - set(table["path"])):
+        names = listing(printable(path.relative_to(folder).as_posix()) for path in left)
+        notes.append(f"Not read (no image in a class or patient folder): {counted(left)}: {names}")
     with ThreadPoolExecutor() as pool:
         table["sha"] = list(pool.map(_sha, table["path"]))
     rule = float(patient.notna().mean())

@@ -140,8 +140,6 @@ class Evaluation:
     """One model on one split: `figures`, `samples` (on all draws), `confusion` (truth down)."""
 
     def __init__(self, labels, probabilities, bootstrap, ordered=True, cut=None):
-        if not len(labels) == len(probabilities) == bootstrap.weights.shape[1]:
-            raise ValueError("Labels, probabilities and patients need one entry for each image.")
         arguments = (labels, probabilities, ordered, cut)
         self.bootstrap, self.figures = bootstrap, figures(*arguments)
         self.samples = figures(*arguments, weights=bootstrap.weights)

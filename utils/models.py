@@ -1,7 +1,7 @@
 """Teacher and student: built, frozen in part, saved and loaded; each with its own precision.
 
 Both take float32 (B, S, S, 1), gray values 0 to 255, and give float32 logits (B, K). The backbone,
-one of `settings.Backbone`, scales its input itself and is the nested model "backbone". Any
+one of `settings.BACKBONES`, scales its input itself and is the nested model "backbone". Any
 backend. Mixed precision: Micikevicius et al., ICLR 2018, https://arxiv.org/abs/1710.03740.
 """
 
@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from utils import kaggle, layers, runs, views
+from utils import kaggle, layers, runs, settings, views
 
 STRIDES = (4, 8)  # taps beside the backbone's last layer, whose stride is 32
 SHAPES = Path(__file__).parent / "weights" / "mobilenetv3small_shapes.weights.h5"
@@ -145,11 +145,8 @@ def _assemble(
 
 
 def _blocks(body: keras.Model) -> list[str]:
-    """The block of each backbone layer, from the names: "stem", "block4a", "expanded_conv_7".
-
-    Layers without a telling name, such as activations, belong to the block before them.
-    """
-    known = re.compile(r"block\d+[a-z]+|expanded_conv(_\d+)?(?=_)|(stem|top)(?=_)|conv(_1)?(?=_|$)")
+    """The block of each layer, such as "block4a"; without a telling name, as the one before."""
+    known = re.compile("|".join(dict.fromkeys(settings.BACKBONES.values())))
     names = ["input"]
     for layer in body.layers:
         found = known.match(layer.name)

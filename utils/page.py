@@ -39,20 +39,16 @@ def write(run: Path) -> Path:
     lessons = []
     for notebook, folder in runs.STAGES.items():
         pages = (run / f"notebooks/{notebook}.{suffix}" for suffix in ("html", "ipynb"))
-        lesson = {"notebook": notebook, "stage": _read(run / folder / "stage.json")}
+        lesson = {"notebook": notebook, "stage": runs.read_json(run / folder / "stage.json", {})}
         lesson["page"] = next((page.name for page in pages if page.exists()), None)
         lesson["figures"] = [_picture(path) for path in sorted((run / folder).glob("*.png"))]
         lessons.append(lesson)
     kinds = ("evaluation/report", "trust/trust", "deploy/deploy")
-    found = {kind.split("/")[1]: _read(run / f"report/{kind}.json") for kind in kinds}
+    found = {kind.split("/")[1]: runs.read_json(run / f"report/{kind}.json", {}) for kind in kinds}
     card = run / "report/deploy/model_card.md"
     found["card"] = card.read_text(encoding="utf-8") if card.exists() else ""
     text = render("page.html.j2", run=run, lessons=lessons, **found)
     return runs.write_atomic(run / "index.html", lambda path: path.write_text(text, "utf-8"))
-
-
-def _read(path: Path) -> dict:
-    return runs.read_json(path) if path.exists() else {}
 
 
 def _picture(path: Path) -> dict:

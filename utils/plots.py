@@ -68,8 +68,6 @@ def image_grid(images, titles=None, overlays=None, columns: int = 5, note: str =
     images: (H, W) or (H, W, 1) gray from 0 to 255, or (H, W, 3). titles: None, or a string for
     each. overlays: None, or for each image None or a heat map (h, w) of any size and range.
     """
-    if len(images) == 0:
-        raise ValueError("image_grid needs at least one image.")
     count = min(len(images), MOST_IMAGES)
     if count < len(images):
         note = f"{note}; the first {count} of {len(images)} images".removeprefix("; ")

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def take_up(run: Path) -> None:
 def read_stage(run: Path, notebook: str) -> dict | None:
     """What a notebook's `stage.json` says, or None; StageError: damaged, or of another version."""
     path = Path(run) / STAGES[notebook] / "stage.json"
-    saved = read_json(path) if path.exists() else None
+    saved = read_json(path, None)
     if saved is not None and saved.get("format") != FORMAT:
         raise StageError(f"{path} is of another version and left alone: choose another RUN_DIR.")
     return saved
@@ -141,18 +141,21 @@ def changes(saved: Mapping, parameters: Mapping, inputs: Mapping) -> list[str]:
     """What differs between a saved stage and what is wanted now; empty when nothing does."""
     old, before = settings.validate({}) | saved["parameters"], saved["inputs"]  # one may be new
     found = [f"{n} was {old.get(n)!r}, is {v!r}" for n, v in parameters.items() if old.get(n) != v]
+    words = {"stage": f"{BUILDS_ON.get(saved['notebook'])} was made anew", "images": "other images"}
     changed = [name for name in before | inputs if before.get(name) != inputs.get(name)]
-    return found + [f"input {name!r} changed" for name in changed]
+    return found + [words.get(name, f"another teacher in {name}") for name in changed]
 
 
 def lock(run: Path) -> None:
-    """Hold `run` for this process until its stage ends; StageError when another process has it."""
+    """Hold `run` until its stage or command ends; StageError when another process has it."""
     if fcntl is None or run in _locks:
         return
     run.mkdir(parents=True, exist_ok=True)
-    file = (run / ".lock").open("w")
+    file = (run / ".lock").open("w+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.environ.get("SERIES_RUN") != str(run):  # a command shares it with its notebooks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         message = f"Another process is using {run}: wait for it, or choose another RUN_DIR."
         raise StageError(message) from error
@@ -219,11 +222,11 @@ class Stage:
 
 
 def open_stage(
-    notebook: str, namespace: Mapping[str, object], inputs: Mapping[str, object] | None = None
+    notebook: str, namespace: MutableMapping, inputs: Mapping[str, object] | None = None
 ) -> Stage:
     """Check a notebook's parameters and what it builds on; make its folder ready.
 
-    namespace: its `globals()`; an upper-case name of three letters or more is a parameter.
+    namespace: its `globals()`; upper-case names (3 letters or more) get the value that applies.
     inputs: further plain values that the stage depends on, such as a digest of the images.
     SettingsError: a parameter that no notebook owns, or a bad value. StageError: an earlier stage
     is missing, unfinished or changed, or the run is in use.
@@ -234,15 +237,16 @@ def open_stage(
     if on_kaggle():
         take_up(run)
     before, upstream = earlier(run, notebook)
-    settings.check_together(before | values)
-    parameters = identity(notebook, values)
+    everything = settings.settle(before | values)
+    namespace.update({name: everything[name] for name in given if name in values})
+    parameters = identity(notebook, everything)
     inputs = ({"stage": upstream} if upstream else {}) | dict(inputs or {})
     folder, saved = run / STAGES[notebook], read_stage(run, notebook)
     changed = changes(saved, parameters, inputs) if saved else ["new"]
     if changed or not saved["finished"]:
         lock(run)
         if saved and changed:
-            set_aside(folder, f"was made with other settings ({'; '.join(changed)})")
+            set_aside(folder, f"is set aside ({'; '.join(changed)})")
         if changed:
             saved = {"format": FORMAT, "notebook": notebook, "id": secrets.token_hex(8)}
             saved |= {"finished": False, "stopped": None, "seconds": 0.0, "facts": {}}
@@ -250,8 +254,7 @@ def open_stage(
         write_json(folder / "stage.json", saved)  # better refused now than after an epoch
     else:
         print(f"{notebook} was done before with these parameters: {folder} is kept.")
-    everything, tiny = before | values, settings.validate({})
     drawn = read_stage(run, "01_data")["inputs"].get("images") == "drawn"
-    own = {n: v for n, v in everything.items() if n in settings.OWNER}
-    default = drawn and tiny | own == tiny
+    tiny = settings.validate({})
+    default = drawn and all(everything.get(n, tiny[n]) == tiny[n] for n in settings.OWNER)
     return Stage(notebook, run, everything, saved, deadline(values["MAX_HOURS"]), default)

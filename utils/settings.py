@@ -64,11 +64,11 @@ Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
-Backbone = Literal[
-    *(f"EfficientNetV2{size}" for size in ("B0", "B1", "B2", "B3", "S", "M", "L")),
-    "MobileNetV3Small",
-    "MobileNetV3Large",
-]
+EFFICIENTNET = r"block\d+[a-z]+|(stem|top)(?=_)"  # how the names of a block's layers begin
+MOBILENET = r"expanded_conv(_\d+)?(?=_)|conv(_1)?(?=_|$)"
+BACKBONES = {f"EfficientNetV2{s}": EFFICIENTNET for s in ("B0", "B1", "B2", "B3", "S", "M", "L")}
+BACKBONES |= {"MobileNetV3Small": MOBILENET, "MobileNetV3Large": MOBILENET}
+Backbone = Literal[*BACKBONES]
 
 
 class Shared(BaseModel):
@@ -208,8 +208,7 @@ def validate(values: Mapping[str, object], notebook: str | None = None) -> dict[
                 findings += [_finding(key, fault) for fault in error.errors()]
     if findings:
         raise SettingsError("\n".join(dict.fromkeys(findings)))
-    check_together(found)
-    return found
+    return settle(found)
 
 
 def _finding(notebook: str, fault: Mapping) -> str:
@@ -220,10 +219,10 @@ def _finding(notebook: str, fault: Mapping) -> str:
     return f"{name} = {value!r} (notebook {notebook[:2]}): {text}."
 
 
-def check_together(found: Mapping[str, object]) -> None:
-    """Refuse values that are good alone and not together, as far as they are known yet.
+def settle(found: Mapping[str, object]) -> dict[str, object]:
+    """Values as they apply together, as far as they are known yet: no softening without an order.
 
-    SettingsError: all findings, a line each.
+    SettingsError: all findings, a line each, where they do not go together.
     """
     findings, stored = [], found.get("STORED_SIZE", float("inf"))
     for name in ("TEACHER", "STUDENT"):
@@ -242,11 +241,11 @@ def check_together(found: Mapping[str, object]) -> None:
         )
     for name in ("BATCH_SIZE", "STUDENT_BATCH_SIZE"):
         if found.get(name, 0) % found.get("DEVICES", 1):
-            findings.append(
-                f"{name} = {found[name]} does not divide over {found['DEVICES']} DEVICES"
-            )
+            findings.append(f"{name} = {found[name]} is no multiple of {found['DEVICES']} DEVICES")
     if findings:
         raise SettingsError("\n".join(findings))
+    soft = found.get("ORDERED", True)
+    return {n: v if soft or not n.endswith("LABEL_SOFTENING") else 0.0 for n, v in found.items()}
 
 
 def load_profile(name: str) -> dict[str, object]:

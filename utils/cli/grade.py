@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
-from utils import export, images, runs, settings
+from utils import export, folders, images, runs, settings
 
 STRETCH = 1.25  # how far outside the range of the data's shapes an image may lie
 # Set on 6,604 published radiographs: only the 84 inverted frames among them are refused.
@@ -93,13 +93,13 @@ def add_arguments(parser) -> None:
 def main(arguments) -> int:
     """Grade and print; the exit status is 0 if every file was graded, else 1."""
     path, rows = arguments.images, []
-    files = sorted(p for p in path.rglob("[!.]*") if p.is_file() and "__MACOSX" not in p.parts)
-    if not (files or path.is_file()):
+    files = sorted(folders.files_below(path)) if path.exists() else []
+    if not files:
         raise FileNotFoundError(f"There is no file {path}, and no folder with files in it.")
     model = arguments.model or newest_model(arguments.run or runs.run_folder("runs"))
     predict, about = load(model)
     print(f"Graded by {model}:", file=sys.stderr)
-    for file in files or [path]:
+    for file in files:
         row = grade(file, predict, about)
         rows.append(row)
         if not arguments.json:

@@ -157,7 +157,7 @@ def push(out: Path, order: dict[str, str], what: str) -> None:
     api, user = kaggle.api, kaggle.api.get_config_value("username") or "nobody"
     if user.lower() != order["user"].lower():
         raise runs.StageError(f"On Kaggle you are {user}: `kaggle auth login` as {order['user']}.")
-    done = runs.read_json(out / "pushed.json") if (out / "pushed.json").exists() else {}
+    done = runs.read_json(out / "pushed.json", {})
     if "code" not in done:
         upload_code(api, out / "code")
         note(out, done, "code", "ready")

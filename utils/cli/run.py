@@ -34,8 +34,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise settings.SettingsError(f"{run} is a file: give --out a folder, new or of a run.")
     values["RUN_DIR"] = str(run)
     runs.take_up(run)
-    runs.lock(run)  # what nobody can write, or another process uses, is refused at once
-    runs.unlock(run)
+    runs.lock(run)  # to the end: what nobody can write, or another process uses, is refused at once
+    os.environ["SERIES_RUN"] = str(run)  # the notebooks that start here share the lock
     for name in settings.SERIES:  # what --only leaves out
         saved = runs.read_stage(run, name) if name not in notebooks and name < notebooks[-1] else {}
         if saved and (other := runs.changes(saved, runs.identity(name, values), saved["inputs"])):
