@@ -20,7 +20,7 @@ from PIL import Image
 SHARES = (0.40, 0.18, 0.26, 0.13, 0.03)  # of the grades 0 to 4
 SPREAD = 0.31  # standard deviation of the severity around its grade, in grades
 HEALTHY_MM, STEP_MM = 6.2, 1.45  # mean joint space at KL 0, and what each grade takes away
-FIELD_MM = 90.0  # what an image side shows
+FIELD_MM = 80.0  # what an image side shows
 LATERAL = 0.15  # share of knees whose narrow side is the lateral one; the others' is the medial
 CORRELATION = 0.6  # between the severities of a patient's two knees
 LEAKY_CORRELATION, LEAKY_PATTERN = 0.9, 1.2  # for the lesson on leaks, see `knees`

@@ -120,12 +120,12 @@ class Phase1(Shared):
 
 class Phase2(Shared):
     UNFREEZE: Annotated[float, Field(gt=0, le=1)] = 0.3
-    PHASE_2_EPOCHS: Count = 4
+    PHASE_2_EPOCHS: Count = 3
     PHASE_2_LEARNING_RATE: Rate = 2e-3
 
 
 class Phase3(Shared):
-    PHASE_3_EPOCHS: Count = 8
+    PHASE_3_EPOCHS: Count = 6
     PHASE_3_LEARNING_RATE: Rate = 2e-3
 
 
@@ -138,8 +138,8 @@ class Distillation(Shared):
     STUDENT_BATCH_SIZE: Count = 32
     STUDENT_LABEL_SMOOTHING: Jitter = 0.0
     STUDENT_LABEL_SOFTENING: Annotated[float, Field(ge=0, le=5)] = 0.0
-    TEMPERATURE: Annotated[float, Field(gt=0, le=100)] = 4.0
-    HARD_WEIGHT: Share = 0.3
+    TEMPERATURE: Annotated[float, Field(gt=0, le=100)] = 2.0
+    HARD_WEIGHT: Share = 0.0
     VIEWS: Annotated[int, Field(ge=0, le=10_000)] = 3
     STUDENT_EPOCHS: Count = 6
     STUDENT_LEARNING_RATE: Rate = 2e-3
@@ -164,10 +164,10 @@ class Deploy(Shared):
 class Trial(Shared):
     """A3_does_distillation_pay; an arm is [stored views (0: a new one each epoch), hard weight]."""
 
-    TRIAL_ARMS: dict[str, list[float]] = {"labels": [0, 1.0], "one teacher": [0, 0.3]}
+    TRIAL_ARMS: dict[str, list[float]] = {"labels": [0, 1.0], "one teacher": [0, 0.0]}
     TRIAL_SEEDS: list[int] = [0, 1, 2]
     TRIAL_EPOCHS: Count = 6
-    TRIAL_RATES: list[Rate] = [1e-3, 2e-3]
+    TRIAL_RATES: list[Rate] = [2e-3, 3e-3]
 
 
 SERIES: dict[str, type[Shared]] = {
