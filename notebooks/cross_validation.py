@@ -467,13 +467,14 @@ def gather(a):
     names, patient = np.unique(facts["patients"], return_inverse=True)
     renumbered = np.random.default_rng().permutation(len(names))[patient]
     columns = {"patient": renumbered, "fold": facts["folds"], "label": facts["labels"]}
-    for path in sorted(a.out.glob("teacher_*.npz")):
+    for path in sorted([*a.out.glob("teacher_*.npz"), *a.out.glob("students_[A-Z].npz")]):
         with np.load(path) as file:
-            logits = file["logits"] - file["logits"].max(axis=-1, keepdims=True)
+            (logits,) = file.values()
+        logits = logits - logits.max(axis=-1, keepdims=True)
         for side, view in enumerate(("plain", "mirrored")):
-            name = path.stem.removeprefix("teacher_").replace("_", " ")
+            name = path.stem.split("_", 1)[1].replace("_", " ")
             columns |= {f"{name}|{view}|{k}": logits[:, side, k].round(2) for k in range(CLASSES)}
-    for path in sorted(a.out.glob("students_*.npz")):
+    for path in sorted(a.out.glob("students_??*.npz")):
         label = path.stem.split("_", 1)[1]
         with np.load(path) as file:
             for name, logits in file.items():
@@ -633,7 +634,9 @@ def arguments() -> argparse.ArgumentParser:
     verb.add_argument("--epochs", type=int, default=40)
     verb.add_argument("--precision", default="float32")
     verb.add_argument("--one-by-one", action="store_true", help="not as lanes of one program")
-    verb.add_argument("--label", default="", help="of these students in the table (default: size)")
+    verb.add_argument(
+        "--label", default="", help="in the table (default: size); one capital letter: a teacher"
+    )
     verb = verbs.add_parser("gather")
     verb.add_argument("pack", type=Path)
     verb.add_argument("out", type=Path)

@@ -1,9 +1,10 @@
 """Finding, reading, splitting, auditing and storing a dataset: what goes in and what comes out."""
 
 import io
+import os
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -49,14 +50,15 @@ def test_finds_what_is_attached_on_kaggle(layout, tmp_path, monkeypatch):
 
 def test_neighbours_that_cannot_be_read_are_passed_over(knees, monkeypatch):
     (knees / "closed").mkdir()
-    listed = Path.iterdir
 
-    def iterdir(self):
-        if self.name == "closed":
-            raise PermissionError(13, "Permission denied", str(self))
-        return listed(self)
+    def denied(real, path, *rest, **options):
+        if "/closed/" in (str(path) if real is looked_at else f"{path}/"):  # nothing below it
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest, **options)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    looked_at = os.stat
+    for name in ("listdir", "stat"):
+        monkeypatch.setattr(os, name, partial(denied, getattr(os, name)))
     assert folders.find_dataset(knees.parent) == knees
     assert len(folders.scan(knees)[0]) == 30
 

@@ -1,7 +1,4 @@
-"""What the notebooks assert about the default run holds for other seeds, and fails without labels.
-
-A copy of the project gets another seed as its default, so the notebooks assert there as here.
-"""
+"""What the notebooks assert of the default run holds for other seeds, and fails without labels."""
 
 import json
 import os

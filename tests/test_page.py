@@ -131,7 +131,7 @@ def card(names, subject, synthetic=False, content=None):
     about = {"image_size": 64, "temperature": 1.25, "refer_below": 0.5}
     content = content or report(names, synthetic, subject=subject)
     values = {"dataset": dataset, "counts": counts, "about": about, "report": content}
-    return page.render("model_card.md.j2", shared=0, deploy=DEPLOY, **values)
+    return page.render("model_card.md.j2", shared={}, deploy=DEPLOY, **values)
 
 
 def test_names_from_folders_are_escaped(tmp_path):

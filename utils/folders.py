@@ -30,8 +30,9 @@ def contents(folder: Path) -> Contents:
     except OSError:  # nobody may list it, or it is a file: it counts as one that is not read
         return Contents([], [], [folder])
     for path in paths:
-        if path.is_dir():
-            found.folders.extend([path] * (not (path / "data/stage.json").exists()))
+        if os.path.isdir(path):  # noqa: PTH112  # pathlib fails where nobody may look
+            run = any(map(os.path.exists, (path / ".lock", path / "data/stage.json")))
+            found.folders.extend([path] * (not run))
         elif path.suffix.lower() in EXTENSIONS:
             found.images.append(path)
         elif path.name not in (SYNTHETIC, "FAULTS.json"):

@@ -11,10 +11,7 @@ from utils import runs
 
 
 def preflight(values: Mapping[str, object], images: Path | None = None) -> None:
-    """On Kaggle, StageError with all that these parameters of notebooks need and do not find.
-
-    images: the dataset's folder, for the parameters of notebook 01.
-    """
+    """On Kaggle, StageError with all that these parameters (01's: and `images`) need and lack."""
     if not runs.on_kaggle():
         return
     large = max(values.get(f"{n}_IMAGE_SIZE", 0) for n in ("TEACHER", "STUDENT")) >= 128

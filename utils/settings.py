@@ -165,7 +165,7 @@ class Trial(Shared):
     """A3_does_distillation_pay; an arm is [stored views (0: a new one each epoch), hard weight]."""
 
     TRIAL_ARMS: dict[str, list[float]] = {"labels": [0, 1.0], "one teacher": [0, 0.0]}
-    TRIAL_SEEDS: list[int] = [0, 1, 2]
+    TRIAL_SEEDS: Annotated[list[int], Field(min_length=2)] = [0, 1, 2]
     TRIAL_EPOCHS: Count = 6
     TRIAL_RATES: list[Rate] = [2e-3, 3e-3]
 

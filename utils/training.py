@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from utils import models, runs
+from utils import kaggle, models, runs
 
 
 def optimizer(
@@ -97,6 +97,7 @@ class Resume(keras.callbacks.Callback):
     ):
         """name: of the training's files in the stage's folder. monitor: larger is better."""
         super().__init__()
+        kaggle.preflight({"TEACHER_IMAGE_SIZE": model.input_shape[1]})  # no hours without a GPU
         self.stage, self.trained, self.name, self.monitor = stage, model, name, monitor
         self.epochs, self.epoch, self.longest = epochs, 0, 0.0
         self.history = pd.DataFrame(columns=["epoch", "loss", "val_loss", monitor], dtype=float)

@@ -99,7 +99,8 @@ def write(out: Path, order: dict[str, str], values: dict[str, object]) -> None:
 def made_of(values: dict[str, object]) -> str:
     """A mark of these parameters and of the project's code: with others, folders are old."""
     files = [f for name in ("utils", "notebooks") for f in (settings.ROOT / name).rglob("*.*")]
-    code = [f.read_bytes() for f in sorted(files) if f.suffix in (".py", ".ipynb", ".txt")]
+    files = [f for f in sorted(files) if ".ipynb_checkpoints" not in f.parts]
+    code = [f.read_bytes() for f in files if f.suffix in (".py", ".ipynb", ".txt")]
     return hashlib.sha256(repr(values).encode() + b"".join(code)).hexdigest()
 
 
