@@ -143,7 +143,7 @@ def test_a_notebook_decides_its_parameters_with_the_defaults_of_settings(name, m
     found = {}
     for node in ast.parse(cell.source).body:
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        assert node.value.lineno == node.value.end_lineno, "one line each: `kaggle` rewrites them"
+        assert node.lineno == node.end_lineno, "one line each: `kaggle` rewrites them"
         found[target.id] = ast.literal_eval(node.value)
     own = [field for field in model.model_fields if field not in settings.Shared.model_fields]
     assert [field for field in found if field in own] == own

@@ -164,7 +164,7 @@ class Deploy(Shared):
 class Trial(Shared):
     """A3_does_distillation_pay; an arm is [stored views (0: a new one each epoch), hard weight]."""
 
-    TRIAL_ARMS: dict[str, list[float]] = {"labels": [0, 1.0], "one teacher": [0, 0.0]}
+    TRIAL_ARMS: dict[str, list[float]] = {"labels": [3, 1.0], "one teacher": [3, 0.0]}
     TRIAL_SEEDS: Annotated[list[int], Field(min_length=2)] = [0, 1, 2]
     TRIAL_EPOCHS: Count = 6
     TRIAL_RATES: list[Rate] = [2e-3, 3e-3]

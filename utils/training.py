@@ -27,15 +27,14 @@ def optimizer(
     Weight decay (1e-4; Loshchilov & Hutter 2019) leaves biases and normalization alone.
     """
     warmup = int(min(warmup_epochs, epochs / 2) * steps)
-    schedule = keras.optimizers.schedules.CosineDecay(
+    rate = keras.optimizers.schedules.CosineDecay(
         learning_rate / 10,
         max(steps * epochs - warmup, 1),
         alpha=0.01,
         warmup_target=learning_rate,
         warmup_steps=warmup,
     )
-    limit = 1.0 if clip else None
-    adamw = keras.optimizers.AdamW(schedule, weight_decay=1e-4, global_clipnorm=limit)
+    adamw = keras.optimizers.AdamW(rate, weight_decay=1e-4, global_clipnorm=1.0 if clip else None)
     adamw.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return adamw
 
@@ -86,15 +85,12 @@ class Resume(keras.callbacks.Callback):
     newest states stay until `finish`, so that a kill at any moment costs at most the epoch in hand.
     Compile the model before: the state holds its optimizer.
 
-    `epoch`: how many are finished. `history`: DataFrame, a row an epoch: epoch (from 1), what `fit`
-    logs, seconds.
+    `epoch`: how many are finished. `history`: a row an epoch: epoch (from 1), `fit`'s logs, time.
     """
 
     async_safe = True
 
-    def __init__(
-        self, stage: runs.Stage, model, epochs: int, name: str = "teacher", monitor: str = "val_qwk"
-    ):
+    def __init__(self, stage: runs.Stage, model, epochs, name="teacher", monitor="val_qwk"):
         """name: of the training's files in the stage's folder. monitor: larger is better."""
         super().__init__()
         kaggle.preflight({"TEACHER_IMAGE_SIZE": model.input_shape[1]})  # no hours without a GPU
@@ -109,11 +105,15 @@ class Resume(keras.callbacks.Callback):
         model.optimizer.build(model.trainable_variables)
         before = [keras.ops.convert_to_numpy(v) for v in model.variables]
         for epoch, path in self._files("state").items():
-            with contextlib.suppress(Exception):  # damaged: the one before will do
+            try:
                 model.load_weights(path)
-                self.epoch, self.history = epoch, history[:epoch]
-                print(f"{name} goes on after epoch {self.epoch} of {epochs}.")
-                return
+            except Exception as error:  # of HDF5 or Keras; the one before will do
+                aside = path.rename(path.with_suffix(".unreadable"))
+                print(f"{path.name} cannot be read ({str(error)[:100]}): kept as {aside.name}.")
+                continue
+            self.epoch, self.history = epoch, history[:epoch]
+            print(f"{name} goes on after epoch {self.epoch} of {epochs}.")
+            return
         for variable, value in zip(model.variables, before, strict=True):
             variable.assign(value)
 
