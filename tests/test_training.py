@@ -79,14 +79,16 @@ def test_a_resumed_training_equals_an_undisturbed_one(tmp_path):
     assert same(whole.get_weights(), resumed.get_weights())
 
 
-def test_a_damaged_state_costs_one_epoch(tmp_path):
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_state_costs_one_epoch_and_is_kept_aside(damaged, tmp_path):
     stage = a_stage(tmp_path / "a")
     fit(stage, 4, stop_after=3)
-    newest = sorted(stage.folder.glob("teacher.state_*"))[-1]
-    newest.write_bytes(newest.read_bytes()[:1000])
+    for state in sorted(stage.folder.glob("teacher.state_*"))[-damaged:]:
+        state.write_bytes(state.read_bytes()[:1000])
     _, resume = fit(stage, 4)
     whole, undisturbed = fit(a_stage(tmp_path / "b"), 4)
-    assert list(resume.history["epoch"]) == [1, 2, 3, 4]
+    aside = [*stage.folder.glob("*.unreadable")]
+    assert [*resume.history["epoch"]] == [1, 2, 3, 4] and len(aside) == damaged
     assert resume.finish() == undisturbed.finish()
     assert same(resume.trained.get_weights(), whole.get_weights())
 

@@ -114,8 +114,8 @@ def scan(
             place = inside[0]  # train/knees/0/…
         if several := kinds(place):
             raise ValueError(
-                f"The classes in {place} have folders inside ({listing(several)}): several "
-                "pictures of one patient. Keep one kind, its images directly in the class folder."
+                f"The classes in {place} have folders inside ({listing(several)}): put splits "
+                "first, as train/<class>/<image>; of several pictures of a patient keep one kind."
             )
         for cls in inside:
             name = printable(cls.name)
