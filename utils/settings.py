@@ -244,8 +244,8 @@ def settle(found: Mapping[str, object]) -> dict[str, object]:
             findings.append(f"{name} = {found[name]} is no multiple of {found['DEVICES']} DEVICES")
     if findings:
         raise SettingsError("\n".join(findings))
-    soft = found.get("ORDERED", True)
-    return {n: v if soft or not n.endswith("LABEL_SOFTENING") else 0.0 for n, v in found.items()}
+    soft = [n for n in found if n.endswith("LABEL_SOFTENING") and not found.get("ORDERED", True)]
+    return {**found, **dict.fromkeys(soft, 0.0)}
 
 
 def load_profile(name: str) -> dict[str, object]:

@@ -93,7 +93,6 @@ class Resume(keras.callbacks.Callback):
     def __init__(self, stage: runs.Stage, model, epochs, name="teacher", monitor="val_qwk"):
         """name: of the training's files in the stage's folder. monitor: larger is better."""
         super().__init__()
-        kaggle.preflight({"TEACHER_IMAGE_SIZE": model.input_shape[1]})  # no hours without a GPU
         self.stage, self.trained, self.name, self.monitor = stage, model, name, monitor
         self.epochs, self.epoch, self.longest = epochs, 0, 0.0
         self.history = pd.DataFrame(columns=["epoch", "loss", "val_loss", monitor], dtype=float)
@@ -102,6 +101,7 @@ class Resume(keras.callbacks.Callback):
         if self._path("keras").exists() and len(history) == epochs:
             self.epoch, self.history = epochs, history
             return
+        kaggle.preflight({"TEACHER_IMAGE_SIZE": model.input_shape[1]})  # no hours without a GPU
         model.optimizer.build(model.trainable_variables)
         before = [keras.ops.convert_to_numpy(v) for v in model.variables]
         for epoch, path in self._files("state").items():
