@@ -191,10 +191,12 @@ class Programs:
 
     lanes: 0 for one model at a time; else so many of one architecture, side by side, each with its
     own weights, order of images, targets and rate. `train` takes (state, images, drawn, targets,
-    hard_weight, active, order, rate) and runs CALL steps; `look` gives the logits of views.
+    hard_weight, active, order, rate, share) and runs CALL steps; `look` gives the logits of views.
+    share: of each image in a step; the rest is its neighbour's (mixup, Zhang et al. 2018; 1: none).
+    decay: of the moving average of the weights, state["average"].
     """
 
-    def __init__(self, model, loss, lanes: int = 0):
+    def __init__(self, model, loss, lanes: int = 0, decay: float = 0.0):
         import jax
         import keras
 
@@ -215,16 +217,19 @@ class Programs:
         place = next(i for i, v in enumerate(optimizer.variables) if v is optimizer.learning_rate)
         self.start = {
             "weights": [np.asarray(v.value) for v in model.trainable_variables],
+            "average": [np.asarray(v.value) for v in model.trainable_variables],
             "rest": [np.asarray(v.value) for v in model.non_trainable_variables],
             "optimizer": [np.asarray(v.value) for v in optimizer.variables],
         }
 
-        def step(state, pixels, drawn, targets, hard_weight, active, order, rate):
+        def step(state, pixels, drawn, targets, hard_weight, active, order, rate, share):
             x, y = augment(pixels[order], drawn[order]), targets[order]
+            x = share * x + (1 - share) * x[::-1]
 
             def cost(weights):
                 call = model.stateless_call(weights, state["rest"], x, training=True)
-                return loss(y, call[0], hard_weight), call[1]
+                own, other = (loss(to, call[0], hard_weight) for to in (y, y[::-1]))
+                return share * own + (1 - share) * other, call[1]
 
             (value, rest), slopes = jax.value_and_grad(cost, has_aux=True)(state["weights"])
             slopes = [s * active[p] for s, p in zip(slopes, phase_of, strict=True)]
@@ -233,17 +238,19 @@ class Programs:
             after, settings = optimizer.stateless_apply(settings, slopes, state["weights"])
             pairs = zip(phase_of, after, state["weights"], strict=True)
             after = [jax.numpy.where(active[p] > 0, new, old) for p, new, old in pairs]
-            return {"weights": after, "rest": rest, "optimizer": settings}, value
+            means = zip(state["average"], after, strict=True)
+            new = {"average": [decay * mean + (1 - decay) * own for mean, own in means]}
+            return new | {"weights": after, "rest": rest, "optimizer": settings}, value
 
         if lanes:
-            step = jax.vmap(step, in_axes=(0, None, 0, 0, 0, None, 0, 0))
+            step = jax.vmap(step, in_axes=(0, None, 0, 0, 0, None, 0, 0, None))
 
-        def train(state, pixels, drawn, targets, hard_weight, active, order, rate):
+        def train(state, pixels, drawn, targets, hard_weight, active, order, rate, share):
             # All arrays are arguments: closed over, they would be constants, compiled in.
             def body(state, now):
                 return step(state, pixels, drawn, targets, hard_weight, active, *now)
 
-            return jax.lax.scan(body, state, (order, rate))
+            return jax.lax.scan(body, state, (order, rate, share))
 
         def look(weights, rest, pixels, drawn, rows):
             def chunk(part):
@@ -263,6 +270,7 @@ class Programs:
         own = [shape(lead + a.shape, "float32") for a in (drawn, targets)]
         own += [shape(lead, "float32"), shape((len(PHASES),), "float32")]
         own += [shape((CALL, *lead, BATCH), "int32"), shape((CALL, *lead), "float32")]
+        own += [shape((CALL,), "float32")]
         rows = shape(self.rows_shape, "int32")
         parts = [
             self.train.lower(state, pixels, *own),
@@ -273,11 +281,11 @@ class Programs:
             self.train, self.look = pool.map(lambda part: part.compile(), parts)
         say("compiled")
 
-    def logits(self, state, pixels, drawn, rows: list[np.ndarray]):
+    def logits(self, state, pixels, drawn, rows: list[np.ndarray], weights="weights"):
         """What each lane says of its rows (one array a lane), before it is waited for."""
         filled = np.stack([np.resize(r, self.rows_shape[-2] * 64) for r in rows])
         filled = filled.reshape(self.rows_shape).astype("int32")
-        return self.look(state["weights"], state["rest"], pixels, drawn, filled)
+        return self.look(state[weights], state["rest"], pixels, drawn, filled)
 
 
 def both_views(count: int) -> list[np.ndarray]:
@@ -294,6 +302,12 @@ def order_of(rows: np.ndarray, seed: int, epoch: int, steps: int) -> np.ndarray:
     """The rows in an epoch's order: int32 (steps, BATCH)."""
     order = np.random.default_rng([seed, epoch, 1]).permutation(rows)
     return order[: steps * BATCH].reshape(steps, BATCH).astype("int32")
+
+
+def shares_of(mixup: float, seed: int, epoch: int, steps: int) -> np.ndarray:
+    """The share of its own image in each step of an epoch: float32 (steps,), 1 without mixup."""
+    drawn = np.random.default_rng([seed, epoch, 2]).beta(mixup or 1, mixup or 1, steps)
+    return np.where(mixup > 0, drawn, 1).astype("float32")
 
 
 def split_rows(folds: np.ndarray, judged: list[int]):
@@ -320,7 +334,7 @@ def teachers(a):
     pixels, targets = jax.device_put((pixels, targets))
     say(f"{count} images, {model.count_params():,} parameters, {steps} steps an epoch")
     programs.compile(pixels, targets, -(-max(map(len, train.values())) // 64) * 64)
-    found = np.full((count, 2, CLASSES), np.nan, "float32")
+    found, whole = np.full((count, 2, CLASSES), np.nan, "float32"), np.ones(CALL, "float32")
     for fold in a.folds:
         state, epoch, began = jax.device_put(programs.start), 0, time.time()
         for number, (phase, epochs) in enumerate(zip(PHASES, a.epochs, strict=True)):
@@ -332,7 +346,7 @@ def teachers(a):
                 order = order_of(train[fold], a.seed, epoch, steps).reshape(-1, CALL, BATCH)
                 for part, rate in zip(order, of_epoch, strict=True):
                     rest = (drawn, targets, np.float32(1), active, part, rate)
-                    state, cost_now = programs.train(state, pixels, *rest)
+                    state, cost_now = programs.train(state, pixels, *rest, whole)
                 cost_now.block_until_ready()
                 epoch += 1
         for side, drawn in enumerate(both_views(count)):
@@ -399,12 +413,15 @@ def students(a):
         soft = (1 - hard_weight) * of_teacher(y, logits)
         return soft + hard_weight * of_labels(y[:, :CLASSES], logits)
 
-    programs = Programs(fast(model, a.one_by_one), loss, 0 if a.one_by_one else len(lanes))
+    lanes_of = 0 if a.one_by_one else len(lanes)
+    programs = Programs(fast(model, a.one_by_one), loss, lanes_of, a.average)
     pixels = jax.device_put(pixels)
     say(f"{len(lanes)} trainings, {model.count_params():,} parameters, {steps} steps an epoch")
     blank = np.zeros((count, 2 * CLASSES), "float32")
     programs.compile(pixels, blank, -(-max(map(len, judged.values())) // 64) * 64)
-    found = {arm.name: np.full((count, 2, CLASSES), np.nan, "float32") for arm in a.arms}
+    kinds = {"": "weights"} | ({"EMA ": "average"} if a.average else {})
+    names = [kind + arm.name for kind in kinds for arm in a.arms]
+    found = {name: np.full((count, 2, CLASSES), np.nan, "float32") for name in names}
 
     def epoch_inputs(lanes, epoch):
         """What these lanes need in an epoch: parameters of views, targets, orders."""
@@ -436,22 +453,24 @@ def students(a):
                 drawn, targets, order = jax.device_put(ahead.result())
                 ahead = pool.submit(epoch_inputs, group, min(epoch + 1, a.epochs - 1))
                 rest = (drawn, targets, hard_weight, np.ones(len(PHASES), "float32"))
-                for part, rate in zip(order, curves[epoch], strict=True):
-                    state, cost = programs.train(state, pixels, *rest, part, rate)
+                shares = shares_of(a.mixup, a.seed, epoch, steps).reshape(-1, CALL)
+                for now in zip(order, curves[epoch], shares, strict=True):
+                    state, cost = programs.train(state, pixels, *rest, *now)
                 cost = np.asarray(cost).reshape(CALL, -1).mean(0)
                 if epoch % 12 == 11 or epoch < 2:
                     lane_costs = zip(group, cost, strict=True)
                     shown = {f"{arm.name}, {fold}": f"{c:.3f}" for (arm, fold), c in lane_costs}
                     say(f"epoch {epoch + 1} of {a.epochs}:", shown)
         rows = [judged[fold] for _, fold in group]
-        for side, drawn in enumerate(both_views(count)):
-            said = np.asarray(programs.logits(state, pixels, drawn, rows))
-            said = said.reshape(len(group), -1, CLASSES)
-            for (arm, _), own, of_lane in zip(group, rows, said, strict=True):
-                found[arm.name][own, side] = of_lane[: len(own)]
-        for (arm, fold), own in zip(group, rows, strict=True):
-            right = (found[arm.name][own, 0].argmax(1) == labels[own]).mean()
-            say(f"{arm.name} fold {fold}: accuracy {right:.3f}")
+        for kind, weights in kinds.items():
+            for side, drawn in enumerate(both_views(count)):
+                said = np.asarray(programs.logits(state, pixels, drawn, rows, weights))
+                said = said.reshape(len(group), -1, CLASSES)
+                for (arm, _), own, of_lane in zip(group, rows, said, strict=True):
+                    found[kind + arm.name][own, side] = of_lane[: len(own)]
+            for (arm, fold), own in zip(group, rows, strict=True):
+                right = (found[kind + arm.name][own, 0].argmax(1) == labels[own]).mean()
+                say(f"{kind}{arm.name} fold {fold}: accuracy {right:.3f}")
         path = a.out / f"students_{a.label or a.size}.npz"
         runs.write_atomic(path, lambda p: np.savez(p, **found))
     say(f"students done after {a.epochs} epochs")
@@ -633,6 +652,8 @@ def arguments() -> argparse.ArgumentParser:
     verb.add_argument("--arms", type=Arm.read, nargs="+", required=True, help=Arm.read.__doc__)
     verb.add_argument("--epochs", type=int, default=40)
     verb.add_argument("--precision", default="float32")
+    verb.add_argument("--mixup", type=float, default=0.0, help="both parameters of its Beta")
+    verb.add_argument("--average", type=float, default=0.0, help="decay of an EMA of the weights")
     verb.add_argument("--one-by-one", action="store_true", help="not as lanes of one program")
     verb.add_argument(
         "--label", default="", help="in the table (default: size); one capital letter: a teacher"

@@ -143,6 +143,7 @@ class Distillation(Shared):
     VIEWS: Annotated[int, Field(ge=0, le=10_000)] = 3
     STUDENT_EPOCHS: Count = 6
     STUDENT_LEARNING_RATE: Rate = 2e-3
+    LABELS_ONLY_LEARNING_RATE: Rate = 2e-3
     LABELS_ONLY: bool = True
 
 
@@ -212,8 +213,7 @@ def validate(values: Mapping[str, object], notebook: str | None = None) -> dict[
 
 
 def _finding(notebook: str, fault: Mapping) -> str:
-    name, value = fault["loc"][0], fault["input"]
-    text = fault["msg"].removeprefix("Value error, ")
+    name, value, text = fault["loc"][0], fault["input"], fault["msg"].removeprefix("Value error, ")
     if fault["type"].startswith("float") and re.fullmatch(r"\d+(\.\d*)?e[+-]?\d+", str(value)):
         text += f"; in YAML write {float(value):.1e} with a point and a sign"
     return f"{name} = {value!r} (notebook {notebook[:2]}): {text}."
