@@ -19,6 +19,7 @@ folds start from the same head.
 import argparse
 import io
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -592,30 +593,60 @@ A and A earlier and C earlier and D + mirrored - A + mirrored
 384 A w0 tuned - A; 384 A w0 tuned + mirrored - A + mirrored; 384 A w0 1e-4 - A
 384 A w0 tuned + mirrored - 384 A w0 tuned; 384 long A w0 V40 2e-4 - 384 A w0 2e-4
 224 long A w0 V40 2e-4 - 224 alone A w0 2e-4; 224 alone A w0 2e-4 - 224 A w0 2e-4
+384 again A w0 1e-4 - 384 A w0 1e-4; 384 again EMA A w0 1e-4 - 384 again A w0 1e-4
+384 mixup A w0 1e-4 - 384 A w0 1e-4; 384 mixup labels 0.5e-4 - 384 labels 0.5e-4
+384 mixup long A w0 V40 1e-4 - 384 A w0 1e-4; 384 mixup A w0 1e-4 - 384 mixup labels 0.5e-4
+384 A w0 1e-4, 3 seeds - 384 labels 0.5e-4, 3 seeds; 384 A w0 1e-4, 3 seeds - A
+384 seed 1 A w0 1e-4 - 384 seed 1 labels 0.5e-4; 384 seed 2 A w0 1e-4 - 384 seed 2 labels 0.5e-4
+384 stored A w0 V8 1e-4 - 384 stored labels V8 0.5e-4
+384 stored A w0 V8 1e-4 - 384 A w0 1e-4, 3 seeds
+384 stored labels V8 0.5e-4 - 384 labels 0.5e-4, 3 seeds
+F - E; G - F; H - F; 160 E w0 V4 1e-4 - 160 E w0.3 V4 1e-4; 160 E w0 V4 2e-4 - 160 E w0 V4 1e-4
+160 short E w0 V4 2e-4 - 160 E w0 V4 2e-4; 160 E w0 V4 2e-4 - 160 labels V4 1e-4
+160 short E w0 V4 2e-4 - 160 short labels V4 1e-4; 160 F w0 V4 2e-4 - 160 E w0 V4 2e-4
+192 E w0 V4 2e-4 - 160 short E w0 V4 2e-4; 192 F w0 V4 2e-4 - 192 E w0 V4 2e-4
 B - A; B + mirrored - A + mirrored; A and B - A; A and A earlier and B - A
 A and B + mirrored - A + mirrored; A and A earlier and B + mirrored - A + mirrored"""
 
 
+def over_seeds(names) -> dict[str, list[str]]:
+    """Arms that were trained with several seeds: title to names, all with as many in one order."""
+    arms = {}
+    for name in names:
+        arms.setdefault(re.sub(r" seed \d+", "", name), []).append(name)
+    return {f"{arm}, {len(own)} seeds": own for arm, own in arms.items() if len(own) > 1}
+
+
 def table(path: Path, draws: int):
-    """Print every figure and difference with its 95 % interval over patients, as Markdown."""
+    """Print every figure and difference with its 95 % interval over patients, as Markdown.
+
+    Of an arm with several seeds also the mean; its interval draws patients and seeds. A seed gives
+    all arms the same order of images, so that a difference draws the same seeds on both sides.
+    """
     frame = pd.read_csv(path)
     labels, bootstrap = frame["label"].to_numpy(), metrics.Bootstrap(frame["patient"], draws)
     found = answers(frame)
     point = {name: figures(labels, grades) for name, grades in found.items()}
     drawn = {name: figures(labels, grades, bootstrap.weights) for name, grades in found.items()}
+    for title, own in over_seeds(found).items():
+        picked = np.random.default_rng(0).integers(len(own), size=(len(own), draws, 1))
+        samples = np.take_along_axis(np.stack([drawn[name] for name in own]), picked, axis=0)
+        point[title], drawn[title] = np.mean([point[n] for n in own], axis=0), samples.mean(axis=0)
     print(f"\n{len(labels)} images, {bootstrap.patients} patients\n")
     print("| | " + " | ".join(FIGURES) + " | accuracy by fold |\n|---|---|---|---|---|")
-    for name, grades in found.items():
+    for name in point:
         ends = np.quantile(drawn[name], [0.025, 0.975], axis=0).T
         pairs = zip(point[name], ends, strict=True)
         cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, (low, high) in pairs]
-        of_fold = pd.Series(grades == labels).groupby(frame["fold"]).mean()
+        of_fold = ()
+        if name in found:
+            of_fold = pd.Series(found[name] == labels).groupby(frame["fold"]).mean()
         print(f"| {name} | {' | '.join(cells)} | {' '.join(f'{v:.3f}' for v in of_fold)} |")
     print("\nPaired differences, in hundredths:\n")
     print("| | " + " | ".join(FIGURES) + " |\n|---|---|---|---|")
     for line in DIFFERENCES.replace("\n", "; ").split("; "):
         first, second = line.split(" - ")
-        if first in found and second in found:
+        if first in point and second in point:
             gap = 100 * (point[first] - point[second])
             ends = np.quantile(100 * (drawn[first] - drawn[second]), [0.025, 0.975], axis=0).T
             pairs = zip(gap, ends, strict=True)

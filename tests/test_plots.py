@@ -2,16 +2,14 @@
 
 import time
 import warnings
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from utils import plots, settings
+from utils import plots
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (10, 32, 32, 1), dtype=np.uint8)
@@ -97,23 +95,6 @@ def test_a_script_that_no_font_has_is_named_once(monkeypatch):
         plots.image_grid(IMAGES[:2], ["轻度", "重度"])
     assert ["CJK" in str(warning.message) for warning in found] == [True]
     plots.font_for.cache_clear()
-
-
-OWN = [("01_data", "counts"), ("05_distillation", "551e31f5")]
-
-
-@pytest.mark.parametrize(("notebook", "cell"), OWN)
-def test_figures_that_a_notebook_makes_itself_find_fonts_too(notebook, cell, monkeypatch):
-    book, asked, names = nbformat.read(settings.ROOT / f"notebooks/{notebook}.ipynb", 4), [], "轻重"
-    monkeypatch.setattr(plots, "font_for", asked.append)
-    dataset = SimpleNamespace(pixels=lambda *_: IMAGES, labels=lambda _: [0], names_shown=names)
-    space = {"plt": plt, "np": np, "plots": plots, "note": "", "guess": None, "names": names}
-    space |= {"counts": pd.DataFrame({"train": [3, 1]}, list(names)), "dataset": dataset, "row": 0}
-    space |= {"targets": space["counts"], "TEMPERATURE": 1.0}
-    [source] = [c.source for c in book.cells if c.id == cell]
-    exec(source, space | {"stage": SimpleNamespace(finished=True)})
-    plt.close("all")
-    assert set(names) <= set(asked)
 
 
 def test_letters_come_from_an_installed_font_that_has_them(monkeypatch):

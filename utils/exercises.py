@@ -76,7 +76,7 @@ def patients_drawn(answer) -> str | None:
         return "draw 40 of the 40 patients; each brings all images, as often as the patient came."
     if times.first().max(axis=None) < 2 or times.first().T.duplicated().any():
         return "draw with replacement, by the generator that is passed in: every draw differs."
-    if times.first()[1::2].sum(axis=None) > 0.58 * 40 * 20:  # half is right; two thirds by image
+    if times.first()[1::2].to_numpy().sum() > 0.58 * 40 * 20:  # half is right; two thirds by image
         return "each patient is equally likely, however many images: draw from the unique names."
     return None
 
