@@ -597,6 +597,9 @@ A and A earlier and C earlier and D + mirrored - A + mirrored
 384 mixup A w0 1e-4 - 384 A w0 1e-4; 384 mixup labels 0.5e-4 - 384 labels 0.5e-4
 384 mixup long A w0 V40 1e-4 - 384 A w0 1e-4; 384 mixup A w0 1e-4 - 384 mixup labels 0.5e-4
 384 A w0 1e-4, 3 seeds - 384 labels 0.5e-4, 3 seeds; 384 A w0 1e-4, 3 seeds - A
+384 A w0 1e-4 + mirrored, 3 seeds - 384 labels 0.5e-4 + mirrored, 3 seeds
+384 A w0 1e-4 + mirrored, 3 seeds - A + mirrored
+384 A w0 1e-4 + mirrored, 3 seeds - 384 A w0 1e-4, 3 seeds
 384 seed 1 A w0 1e-4 - 384 seed 1 labels 0.5e-4; 384 seed 2 A w0 1e-4 - 384 seed 2 labels 0.5e-4
 384 stored A w0 V8 1e-4 - 384 stored labels V8 0.5e-4
 384 stored A w0 V8 1e-4 - 384 A w0 1e-4, 3 seeds
@@ -617,13 +620,14 @@ def over_seeds(names) -> dict[str, list[str]]:
     return {f"{arm}, {len(own)} seeds": own for arm, own in arms.items() if len(own) > 1}
 
 
-def table(path: Path, draws: int):
+def table(path: Path, draws: int, folds: list[int]):
     """Print every figure and difference with its 95 % interval over patients, as Markdown.
 
     Of an arm with several seeds also the mean; its interval draws patients and seeds. A seed gives
     all arms the same order of images, so that a difference draws the same seeds on both sides.
     """
     frame = pd.read_csv(path)
+    frame = frame[frame["fold"].isin(folds)].reset_index(drop=True)
     labels, bootstrap = frame["label"].to_numpy(), metrics.Bootstrap(frame["patient"], draws)
     found = answers(frame)
     point = {name: figures(labels, grades) for name, grades in found.items()}
@@ -696,6 +700,7 @@ def arguments() -> argparse.ArgumentParser:
     verb = verbs.add_parser("table")
     verb.add_argument("csv", type=Path)
     verb.add_argument("--draws", type=int, default=2000)
+    verb.add_argument("--folds", type=int, nargs="+", default=list(range(FOLDS)))
     return parser
 
 
@@ -710,7 +715,7 @@ def main():
     elif a.verb == "check":
         check(a.pack)
     else:
-        table(a.csv, a.draws)
+        table(a.csv, a.draws, a.folds)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ REFUSED = {
     "words": (made(classes=WORDS), 1, "Set CLASS_ORDER"),
     "DICOM": (changed(dicom), 1, "30 .dcm"),
     "two datasets": (lambda f: write(f / "one") and write(f / "two") and [], 1, "set DATA_DIR"),
-    "one class": (made(classes="0"), 1, "Two classes are the least"),
+    "one class": (made(classes="0"), 1, "At least two classes"),
     "an empty split": (changed(empty_split), 1, "no image in val"),
     "train lacks one": (changed(lambda f: write(f, ("test",), "2")), 1, "no image of class 2"),
     "no train": (made(splits=("val", "test")), 1, "has no train folder"),

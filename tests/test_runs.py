@@ -72,7 +72,7 @@ def test_other_images_make_later_stages_stale_and_the_same_images_do_not(run, ca
         opened(THIRD, run)
     assert not opened(SECOND, run).finished
     said = capsys.readouterr().out
-    assert "SEED was 7, is 0; other images)" in said and "(01_data was made anew)" in said
+    assert "SEED was 7, is 0; other images)" in said and "(01_data was run again)" in said
 
 
 def test_a_missing_or_unfinished_stage_is_named(run):

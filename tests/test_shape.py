@@ -93,8 +93,8 @@ def test_no_private_name_of_a_library_is_read_or_overridden():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 ours.add(node.name)
-            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-                ours.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id)
     for where, tree in (TREES | {n: tree_of(b) for n, b in NOTEBOOKS.items()}).items():
         for node in ast.walk(tree):
             name, of = "", None
@@ -102,7 +102,9 @@ def test_no_private_name_of_a_library_is_read_or_overridden():
                 name, of = node.attr, getattr(node.value, "id", None)
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("attr"):
                 name = str(getattr(node.args[1], "value", ""))
-            if re.match(r"_(?!_)", name) and of not in ("self", "cls"):
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                name = (re.findall(r"\b_\w+|keras\.src", ast.unparse(node)) or [""])[0]
+            if re.match(r"_(?!_)|keras", name) and of not in ("self", "cls"):
                 assert name in ours, f"{where}, line {node.lineno}: {name}"
     for name, tree in TREES.items():
         for node in (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and name in MODULES):

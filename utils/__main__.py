@@ -5,6 +5,6 @@ import sys
 from utils.cli import main
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a letter that the console lacks must end nothing
+    for stream in (sys.stdout, sys.stderr):  # a character that the console lacks must not stop it
         stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

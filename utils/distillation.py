@@ -66,8 +66,8 @@ def teacher_files(run: Path, dataset: data.Dataset, more: list[str]) -> list[Pat
             raise runs.StageError(f"MORE_TEACHERS: {folder} has no finished teacher: run 02 to 04.")
         other = data.load(folder / "data")
         if other.class_names != dataset.class_names:
-            both = f"{other.class_names} apart, this run {dataset.class_names}"
-            raise runs.StageError(f"MORE_TEACHERS: {folder} tells {both}.")
+            both = f"the classes {other.class_names}, this run has {dataset.class_names}"
+            raise runs.StageError(f"MORE_TEACHERS: {folder} has {both}.")
         seen = ((val | test) & {*other.patients("train")}) | (test & {*other.patients("val")})
         if seen:
             raise runs.StageError(

@@ -11,10 +11,9 @@ KINDS = {"array": np.array, "list": list, "number": lambda value: value, "table"
 
 
 class Verdict(str):
-    """What a check found, shown without quotes; `right` says whether the answer was."""
+    """What a check found, shown without quotes."""
 
     __repr__ = str.__str__
-    right = property(lambda self: self.startswith("Right"))
 
 
 def check(number: str, answer: object) -> Verdict:

@@ -91,7 +91,7 @@ def find_dataset(data_dir: str | Path = "") -> Path | None:
     if data_dir and not found:
         raise FileNotFoundError(
             f"There is no train/<class>/<image> or <class>/<image> below {root}, which holds "
-            f"{counted(files_below(root))}. Read are {', '.join(sorted(EXTENSIONS))}."
+            f"{counted(files_below(root))}. Supported: {', '.join(sorted(EXTENSIONS))}."
         )
     return found[0] if found else None
 
@@ -201,7 +201,7 @@ def order_classes(names: Iterable[str], class_order: Iterable[str], ordered: boo
     """Class names from least to most: as given, by the number in each, or without an order."""
     names = sorted(names)
     if len(names) < 2:
-        raise ValueError(f"Two classes are the least; found: {listing(names) or 'none'}.")
+        raise ValueError(f"At least two classes are needed; found: {listing(names) or 'none'}.")
     if class_order:
         if sorted(class_order) != names:
             raise ValueError(f"CLASS_ORDER is {list(class_order)}; the classes are {names}.")
@@ -211,8 +211,8 @@ def order_classes(names: Iterable[str], class_order: Iterable[str], ordered: boo
         return sorted(names, key=numbers.get)
     if ordered:
         raise ValueError(
-            f"The class names tell no order: {listing(names, 20)}. Set CLASS_ORDER to all of them, "
-            "from least to most, or ORDERED to false."
+            f"The class names have no numbers to order them by: {listing(names, 20)}. Set "
+            "CLASS_ORDER to all of them, from least to most, or ORDERED to false."
         )
     return names
 

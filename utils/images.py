@@ -45,7 +45,7 @@ def decode(
             pixels = hashlib.sha256(f"{gray.shape}".encode() + gray.tobytes()).hexdigest()
             return *gray.shape, colour, pixels, ""
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}".replace(str(paths[row]), "it")
+            problem = f"{type(error).__name__}: {error}".replace(str(paths[row]), "this file")
             return 0, 0, False, "", problem[:100]
 
     with ThreadPoolExecutor() as pool:

@@ -55,7 +55,7 @@ class DistillationLoss(keras.losses.Loss):
         log_p = ops.log_softmax(teacher / self.temperature, axis=-1)
         log_q = ops.log_softmax(y_pred / self.temperature, axis=-1)
         soft = self.temperature**2 * ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
-        hard = keras.losses.categorical_crossentropy(labels, y_pred, from_logits=True)
+        hard = teacher_loss().call(labels, y_pred)  # per image
         return (1 - self.hard_weight) * soft + self.hard_weight * hard
 
 

@@ -89,14 +89,12 @@ def image_grid(images, titles=None, overlays=None, columns: int = 5, note: str =
     return _finished(figure, note)
 
 
-def confusion(matrix, names: Sequence[str], title: str = "", ax=None, note: str = "") -> Figure:
+def confusion(matrix, names: Sequence[str], title: str, ax: plt.Axes, note: str = "") -> Figure:
     """Who is graded as what: colours are shares of a row; up to 8 classes have counts in them.
 
-    matrix: int (K, K), truth down, graded across. names: K class names. ax: None makes a figure.
+    matrix: int (K, K), truth down, graded across. names: K class names.
     """
-    matrix, own, few = np.asarray(matrix), ax is None, len(names) <= FEW_CLASSES
-    if own:
-        _, ax = plt.subplots(figsize=(5, 4.2) if few else (7.8, 7))
+    matrix, few = np.asarray(matrix), len(names) <= FEW_CLASSES
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     cells = np.vectorize("{:.0%}\n{:,}".format)(share, matrix)
     sns.heatmap(  # which leaves out names where they would overlap
@@ -106,7 +104,7 @@ def confusion(matrix, names: Sequence[str], title: str = "", ax=None, note: str 
     )  # fmt: skip
     ax.set(title=title, xlabel="graded as", ylabel="truth")
     ax.tick_params(axis="y", rotation=0)
-    return _finished(ax.figure, note, own)
+    return _finished(ax.figure, note, own=False)
 
 
 def intervals(table: pd.DataFrame, title="", line=None, note="", digits=3) -> Figure:

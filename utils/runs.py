@@ -141,7 +141,7 @@ def changes(saved: Mapping, parameters: Mapping, inputs: Mapping) -> list[str]:
     """What differs between a saved stage and what is wanted now; empty when nothing does."""
     old, before = settings.validate({}) | saved["parameters"], saved["inputs"]  # one may be new
     found = [f"{n} was {old.get(n)!r}, is {v!r}" for n, v in parameters.items() if old.get(n) != v]
-    words = {"stage": f"{BUILDS_ON.get(saved['notebook'])} was made anew", "images": "other images"}
+    words = {"stage": f"{BUILDS_ON.get(saved['notebook'])} was run again", "images": "other images"}
     changed = [name for name in before | inputs if before.get(name) != inputs.get(name)]
     return found + [words.get(name, f"another teacher in {name}") for name in changed]
 

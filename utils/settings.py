@@ -199,7 +199,7 @@ def validate(values: Mapping[str, object], notebook: str | None = None) -> dict[
     known, findings, found = [*OWNER, *Shared.model_fields], [], {}
     for name in sorted(set(values) - set(known)):
         near = "".join(f" Did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
-        findings.append(f"{name} is not a parameter of any notebook; write own names small.{near}")
+        findings.append(f"{name} is no parameter of a notebook; own names: in lower case.{near}")
     for key, model in (SERIES | APPENDIX).items():
         if notebook in (None, key):
             own = {name: values[name] for name in model.model_fields if name in values}
@@ -233,7 +233,7 @@ def settle(found: Mapping[str, object]) -> dict[str, object]:
             )
         backbone = found.get(f"{name}_BACKBONE", "MobileNetV3Small")
         if found.get(f"{name}_WEIGHTS") == "shapes" and backbone != "MobileNetV3Small":
-            findings.append(f'{name}_WEIGHTS "shapes" are of MobileNetV3Small, not of {backbone}.')
+            findings.append(f'{name}_WEIGHTS "shapes" fit MobileNetV3Small only, not {backbone}.')
     if found.get("VIEWS", 0) > found.get("STUDENT_EPOCHS", 0):
         findings.append(
             f"VIEWS = {found['VIEWS']}, but the student trains {found['STUDENT_EPOCHS']} epochs, "

@@ -22,8 +22,8 @@ def optimizer(
 ) -> keras.optimizers.AdamW:
     """AdamW whose rate rises to `learning_rate`, then falls along a cosine to a hundredth of it.
 
-    steps: batches an epoch. warmup_epochs: at most half of `epochs` are used. clip: limit the
-    global norm of the gradient to 1; off under several devices, which clip each device's share.
+    learning_rate: above 0. steps: batches an epoch. warmup_epochs: at most half of `epochs` count.
+    clip: the gradient's global norm to 1; off under several devices, which clip their shares.
     Weight decay (1e-4; Loshchilov & Hutter 2019) leaves biases and normalization alone.
     """
     warmup = int(min(warmup_epochs, epochs / 2) * steps)
@@ -86,12 +86,13 @@ class Resume(keras.callbacks.Callback):
     Compile the model before: the state holds its optimizer.
 
     `epoch`: how many are finished. `history`: a row an epoch: epoch (from 1), `fit`'s logs, time.
+    StageError: on Kaggle without a GPU. FloatingPointError, from `fit`: the loss is not finite.
     """
 
     async_safe = True
 
     def __init__(self, stage: runs.Stage, model, epochs, name="teacher", monitor="val_qwk"):
-        """name: of the training's files in the stage's folder. monitor: larger is better."""
+        """epochs: of the whole training. name: of its files. monitor: the larger, the better."""
         super().__init__()
         self.stage, self.trained, self.name, self.monitor = stage, model, name, monitor
         self.epochs, self.epoch, self.longest = epochs, 0, 0.0

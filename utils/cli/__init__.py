@@ -16,7 +16,7 @@ COMMANDS = {  # of modules with add_arguments(parser) and main(arguments) -> exi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; what its user can mend is one message, not a traceback."""
+    """Run a command line; a user's mistake is one message, not a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m utils")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -44,5 +44,5 @@ def main(arguments: argparse.Namespace) -> int:
     for folder in [runs.STAGES[name] for name in names] + ["views"] * ("05_distillation" in names):
         shutil.copytree(ready / folder, part / "runs/tiny" / folder)
     part.rename(out)
-    print(f"Written to {out}: give it away as it is, README.md says how to begin.")
+    print(f"Written to {out}: hand it to the students; README.md says how to begin.")
     return 0
