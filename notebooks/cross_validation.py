@@ -606,7 +606,8 @@ A and A earlier and C earlier and D + mirrored - A + mirrored
 384 stored labels V8 0.5e-4 - 384 labels 0.5e-4, 3 seeds
 F - E; G - F; H - F; 160 E w0 V4 1e-4 - 160 E w0.3 V4 1e-4; 160 E w0 V4 2e-4 - 160 E w0 V4 1e-4
 160 short E w0 V4 2e-4 - 160 E w0 V4 2e-4; 160 E w0 V4 2e-4 - 160 labels V4 1e-4
-160 short E w0 V4 2e-4 - 160 short labels V4 1e-4; 160 F w0 V4 2e-4 - 160 E w0 V4 2e-4
+160 short E w0 V4 2e-4 - 160 E w0.3 V4 1e-4; 160 short E w0 V4 2e-4 - 160 short labels V4 1e-4
+160 F w0 V4 2e-4 - 160 E w0 V4 2e-4
 192 E w0 V4 2e-4 - 160 short E w0 V4 2e-4; 192 F w0 V4 2e-4 - 192 E w0 V4 2e-4
 B - A; B + mirrored - A + mirrored; A and B - A; A and A earlier and B - A
 A and B + mirrored - A + mirrored; A and A earlier and B + mirrored - A + mirrored"""

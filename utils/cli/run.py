@@ -119,6 +119,7 @@ def execute(run: Path, notebook: str, values: dict) -> None:
                 cwd=settings.ROOT,
                 progress_bar=False,
                 stdout_file=sys.stdout,  # so that a long cell shows its epochs
+                shutdown_kernel="immediate",  # all is written; TensorFlow takes seconds to leave
             )
         except (papermill.PapermillExecutionError, RuntimeError) as error:  # or the kernel died
             raise runs.StageError(f"{explain(error, log)}\nSee {unfinished}") from error
