@@ -126,7 +126,7 @@ def test_other_classes_or_an_unfinished_run_are_refused(tmp_path, monkeypatch):
     other.class_names = ["0", "1"]
     monkeypatch.setattr(runs, "read_stage", lambda run, notebook: {"finished": True})
     monkeypatch.setattr(distillation.data, "load", lambda folder: other)
-    with pytest.raises(runs.StageError, match="apart"):
+    with pytest.raises(runs.StageError, match="has the classes"):
         distillation.teacher_files(tmp_path, Images(), [str(tmp_path)])
 
 
