@@ -193,7 +193,7 @@ class Programs:
     lanes: 0 for one model at a time; else so many of one architecture, side by side, each with its
     own weights, order of images, targets and rate. `train` takes (state, images, drawn, targets,
     hard_weight, active, order, rate, share) and runs CALL steps; `look` gives the logits of views.
-    share: of each image in a step; the rest is its neighbour's (mixup, Zhang et al. 2018; 1: none).
+    share: of each image in a step; the rest is another's (mixup, Zhang et al. 2018; 1: no mixup).
     decay: of the moving average of the weights, state["average"].
     """
 

@@ -199,7 +199,8 @@ def validate(values: Mapping[str, object], notebook: str | None = None) -> dict[
     known, findings, found = [*OWNER, *Shared.model_fields], [], {}
     for name in sorted(set(values) - set(known)):
         near = "".join(f" Did you mean {n}?" for n in difflib.get_close_matches(name, known, 1))
-        findings.append(f"{name} is no parameter of a notebook; own names: in lower case.{near}")
+        text = f"{name} is no parameter of any notebook; write your own names in lower case."
+        findings.append(text + near)
     for key, model in (SERIES | APPENDIX).items():
         if notebook in (None, key):
             own = {name: values[name] for name in model.model_fields if name in values}
